@@ -1,0 +1,40 @@
+# The commands of this repository. All run in .venv, which is made from the lock on first use and remade when it changes.
+SHELL := /bin/sh
+BIN := .venv/bin
+CORES ?= all
+# The Python that .venv is made with: the tested one first. `PYTHON=path` overrides.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+  $$python -c "" >/dev/null 2>&1 && echo $$python && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint lock clean venv
+
+help: ## say what each target does
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: venv ## run the embedded default and say where its report is (CORES=all)
+	@$(BIN)/snakemake --cores $(CORES)
+	@echo "Report: results/report/index.html"
+
+test: venv ## run the fast tests
+	@$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
+
+lint: venv ## check the style and types of Python and Snakemake files
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/snakefmt --check Snakefile rules
+	@$(BIN)/snakemake --lint
+	@$(BIN)/mypy
+
+lock: ## resolve pyproject.toml into the locks and the conda environments (UPGRADE=1: to newest versions)
+	@$(PYTHON) tools/lock.py $(if $(UPGRADE),--upgrade)
+
+clean: ## remove .venv and caches, and keep results
+	rm -rf .venv .venv-install.log .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv:
+	@$(if $(PYTHON),,echo "No python3 found: Linux x86-64 (glibc) with CPython 3.11 or 3.12 is needed." >&2; exit 2)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 6))' 2>/dev/null || { echo \
+	  "PYTHON=$(PYTHON) does not run: Linux x86-64 (glibc) with CPython 3.11 or 3.12 is needed." >&2; exit 2; }
+	@$(PYTHON) tools/bootstrap.py

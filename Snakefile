@@ -1,0 +1,35 @@
+# Fine-tune open language models with QLoRA, compare each with its base, report.
+# One rules file a stage, in the order in which they run; what is run stands in config/config.yaml.
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+configfile: "config/models.yaml"
+configfile: "config/datasets.yaml"
+configfile: "config/config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/build.smk"
+include: "rules/download.smk"
+include: "rules/format.smk"
+include: "rules/concatenate.smk"
+include: "rules/tokenize.smk"
+include: "rules/train.smk"
+include: "rules/predict.smk"
+include: "rules/evaluate.smk"
+include: "rules/report.smk"
+include: "rules/merge.smk"
+include: "rules/publish.smk"
+
+
+localrules:
+    all,
+
+
+rule all:
+    input:
+        f"{RESULTS}/report/index.html",
+        f"{RESULTS}/metrics.csv",
+        collect(f"{RESULTS}/runs/{{run}}/adapter", run=RUNS),

@@ -1,0 +1,111 @@
+# What the rules files share: the checked configuration, the names of what is run, and where things lie.
+import shutil
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+SCRIPTS = Path(workflow.basedir) / "scripts"
+sys.path.append(str(SCRIPTS))
+from qlora.code_hash import code_hash
+from qlora.config import check_pinned, checked_config, results_folder
+from qlora.errors import UserError
+from qlora.files import files_below
+
+
+def used(kind):
+    """Names of the models, mixtures or datasets that the runs and suites need, in the order of the config."""
+    if kind == "datasets":
+        trained = [
+            name
+            for mixture in used("mixtures")
+            for name in config["mixtures"][mixture]["datasets"]
+        ]
+        tested = [name for suite in config["suites"].values() for name in suite["datasets"]]
+        return list(dict.fromkeys(trained + tested))
+    return list(dict.fromkeys(run[kind.removesuffix("s")] for run in config["runs"]))
+
+
+try:
+    config = checked_config(config)
+    for kind in ("models", "datasets"):
+        for name in used(kind):
+            check_pinned(kind, name, config[kind][name]["source"])
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+RESULTS = results_folder(config)
+RUNS = {run["name"]: run for run in config["runs"]}
+BUILT = [name for name in used("models") if "build" in config["models"][name]["source"]]
+DEVICE = config["device"]
+if DEVICE == "auto":
+    DEVICE = "cuda" if shutil.which("nvidia-smi") and Path("/dev/nvidiactl").exists() else "cpu"
+GPUS = 1 if DEVICE == "cuda" else 0
+CPU_THREADS = config["threads"]
+
+
+wildcard_constraints:
+    run="|".join(RUNS),
+    model="|".join(used("models")),
+    mixture="|".join(used("mixtures")),
+    dataset="|".join(used("datasets")),
+    suite="|".join(config["suites"]),
+
+
+def files_of(kind, name):
+    """The local files of a source; none for a hub source."""
+    source = config[kind][name]["source"]
+    return [str(path) for path in files_below(Path(source["path"]))] if "path" in source else []
+
+
+def local_files_of_model(wildcards):
+    """The files of a model that lies on this machine, so that a change in them is seen; none for a hub model."""
+    return files_of("models", wildcards.model)
+
+
+def local_files_of_dataset(wildcards):
+    """The files of a dataset that lies on this machine; none for a hub dataset."""
+    return files_of("datasets", wildcards.dataset)
+
+
+def code_of(script):
+    """The hash over the code of a stage's script, as a param: an edit re-runs what uses it, a comment nothing."""
+    return code_hash(SCRIPTS / script)
+
+
+def base_of(wildcards):
+    """The registry's entry of the base model that a job is about, by its own name or by its run's."""
+    name = wildcards.get("model") or RUNS[wildcards.run]["model"]
+    return config["models"][name]
+
+
+def form_of(wildcards):
+    """The named prompt format of a job's model, or None where its tokenizer's chat template renders."""
+    name = base_of(wildcards)["format"]
+    return config["formats"][name] if name else None
+
+
+def attention_of(wildcards):
+    """The attention implementation of a job's model."""
+    return base_of(wildcards)["attention"]
+
+
+def base_name_of(wildcards):
+    """What a run's base model is called on the hub, or here where it is not from there."""
+    return base_of(wildcards)["source"].get("hub", RUNS[wildcards.run]["model"])
+
+
+def model_of(wildcards):
+    """Folder of the base model of a run."""
+    return f"results/sources/models/{RUNS[wildcards.run]['model']}"
+
+
+def tokens_of(wildcards):
+    """Folder of the tokenised mixture of a run."""
+    run = RUNS[wildcards.run]
+    return f"{RESULTS}/tokens/{run['model']}/{run['mixture']}"
+
+
+def datasets_of(wildcards):
+    """Folders of the formatted datasets of a suite."""
+    return collect("results/datasets/{dataset}", dataset=config["suites"][wildcards.suite]["datasets"])

@@ -1,0 +1,29 @@
+# In: results/datasets/{dataset}/ of a mixture. Out: mixtures/{mixture}/ with train and validation.jsonl, card.json.
+
+
+def datasets_of_mixture(wildcards):
+    """Folders of the formatted datasets of a mixture."""
+    return collect("results/datasets/{dataset}", dataset=config["mixtures"][wildcards.mixture]["datasets"])
+
+
+rule concatenate:
+    input:
+        datasets=datasets_of_mixture,
+    output:
+        mixture=directory(f"{RESULTS}/mixtures/{{mixture}}"),
+    params:
+        code=code_of("concatenate_mixture.py"),
+        name="{mixture}",
+        shares=lookup(dpath="mixtures/{mixture}/datasets", within=config),
+        seed=lookup(dpath="mixtures/{mixture}/seed", within=config),
+    log:
+        f"{RESULTS}/logs/concatenate/{{mixture}}.log",
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    conda:
+        "../envs/concatenate.yaml"
+    message:
+        "concatenate {wildcards.mixture}"
+    script:
+        "../scripts/concatenate_mixture.py"

@@ -1,0 +1,55 @@
+# In: a pinned hub repository, or local files. Out: results/sources/{models,datasets}/{name}/ with source.json.
+ruleorder: build > download_model
+
+
+def hub_files_of_dataset(wildcards):
+    """Globs of the files that are needed from a hub dataset; all where the config names none."""
+    return list(config["datasets"][wildcards.dataset].get("files", {}).values())
+
+
+rule download_model:
+    input:
+        local=local_files_of_model,
+    output:
+        folder=directory("results/sources/models/{model}"),
+    params:
+        code=code_of("download_source.py"),
+        kind="models",
+        name="{model}",
+        source=lookup(dpath="models/{model}/source", within=config),
+        patterns=[],
+    log:
+        "results/logs/download/model-{model}.log",
+    resources:
+        mem_mb=2000,
+        runtime=240,
+    conda:
+        "../envs/download.yaml"
+    message:
+        "download model {wildcards.model}"
+    script:
+        "../scripts/download_source.py"
+
+
+rule download_dataset:
+    input:
+        local=local_files_of_dataset,
+    output:
+        folder=directory("results/sources/datasets/{dataset}"),
+    params:
+        code=code_of("download_source.py"),
+        kind="datasets",
+        name="{dataset}",
+        source=lookup(dpath="datasets/{dataset}/source", within=config),
+        patterns=hub_files_of_dataset,
+    log:
+        "results/logs/download/dataset-{dataset}.log",
+    resources:
+        mem_mb=2000,
+        runtime=120,
+    conda:
+        "../envs/download.yaml"
+    message:
+        "download dataset {wildcards.dataset}"
+    script:
+        "../scripts/download_source.py"

@@ -1,0 +1,98 @@
+# In: predictions/{suite}/… and the test rows. Out: metrics/{suite}/{base,tuned}/….csv with intervals, the scores of each row,
+# and, joined, metrics.csv, metrics.json and comparison.csv (tuned minus base and minus each baseline).
+
+
+def tasks_of(wildcards):
+    """Dataset → what its answers are judged by, for a suite."""
+    datasets = config["suites"][wildcards.suite]["datasets"]
+    return {name: {key: config["datasets"][name][key] for key in ("task", "trivial")} for name in datasets}
+
+
+EVALUATED = [
+    f"{RESULTS}/metrics/{suite}/{subject}"
+    for suite in config["suites"]
+    for subject in [*(f"base/{model}" for model in used("models")), *(f"tuned/{run}" for run in RUNS)]
+]
+
+BOOTSTRAPS = {name: suite["bootstrap"] for name, suite in config["suites"].items()}
+
+
+rule evaluate_base:
+    input:
+        predictions=f"{RESULTS}/predictions/{{suite}}/base/{{model}}.jsonl",
+        folders=datasets_of,
+    output:
+        metrics=f"{RESULTS}/metrics/{{suite}}/base/{{model}}.csv",
+        scores=f"{RESULTS}/metrics/{{suite}}/base/{{model}}.scores.jsonl",
+    params:
+        code=code_of("evaluate_predictions.py"),
+        datasets=tasks_of,
+        suite="{suite}",
+        model="{model}",
+        baselines=lookup(dpath="suites/{suite}/baselines", within=config),
+        bootstrap=lookup(dpath="suites/{suite}/bootstrap", within=config),
+    log:
+        f"{RESULTS}/logs/evaluate/{{suite}}-base-{{model}}.log",
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    conda:
+        "../envs/evaluate.yaml"
+    message:
+        "evaluate {wildcards.suite} of the base {wildcards.model}"
+    script:
+        "../scripts/evaluate_predictions.py"
+
+
+rule evaluate_tuned:
+    input:
+        predictions=f"{RESULTS}/predictions/{{suite}}/tuned/{{run}}.jsonl",
+        folders=datasets_of,
+    output:
+        metrics=f"{RESULTS}/metrics/{{suite}}/tuned/{{run}}.csv",
+        scores=f"{RESULTS}/metrics/{{suite}}/tuned/{{run}}.scores.jsonl",
+    params:
+        code=code_of("evaluate_predictions.py"),
+        datasets=tasks_of,
+        suite="{suite}",
+        run="{run}",
+        model=lookup(dpath="{run}/model", within=RUNS),
+        mixture=lookup(dpath="{run}/mixture", within=RUNS),
+        recipe=lookup(dpath="{run}/recipe", within=RUNS),
+        seed=lookup(dpath="{run}/seed", within=RUNS),
+        bootstrap=lookup(dpath="suites/{suite}/bootstrap", within=config),
+    log:
+        f"{RESULTS}/logs/evaluate/{{suite}}-tuned-{{run}}.log",
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    conda:
+        "../envs/evaluate.yaml"
+    message:
+        "evaluate {wildcards.suite} of the run {wildcards.run}"
+    script:
+        "../scripts/evaluate_predictions.py"
+
+
+rule collect:
+    input:
+        tables=[f"{path}.csv" for path in EVALUATED],
+        scores=[f"{path}.scores.jsonl" for path in EVALUATED],
+    output:
+        metrics=f"{RESULTS}/metrics.csv",
+        nested=f"{RESULTS}/metrics.json",
+        comparison=f"{RESULTS}/comparison.csv",
+    params:
+        code=code_of("collect_metrics.py"),
+        bootstraps=BOOTSTRAPS,
+    log:
+        f"{RESULTS}/logs/evaluate/collect.log",
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    conda:
+        "../envs/evaluate.yaml"
+    message:
+        "collect all metrics, and compare each run with its base"
+    script:
+        "../scripts/collect_metrics.py"

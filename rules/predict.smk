@@ -1,0 +1,71 @@
+# In: a base model, or a run's adapter on it, and the test rows of a suite. Out: predictions/{suite}/{base,tuned}/….jsonl.
+
+
+def shots_of(wildcards):
+    """Examples in the prompt of the few-shot baseline; 0 where the suite does not ask for it."""
+    suite = config["suites"][wildcards.suite]
+    return suite["shots"] if "few_shot" in suite["baselines"] else 0
+
+
+rule predict_base:
+    input:
+        model="results/sources/models/{model}",
+        datasets=datasets_of,
+    output:
+        predictions=f"{RESULTS}/predictions/{{suite}}/base/{{model}}.jsonl",
+    params:
+        code=code_of("predict_rows.py"),
+        adapter=None,
+        form=form_of,
+        quantization=lookup(dpath="suites/{suite}/quantization", within=config),
+        attention=attention_of,
+        shots=shots_of,
+        max_new_tokens=lookup(dpath="suites/{suite}/max_new_tokens", within=config),
+        batch_size=lookup(dpath="suites/{suite}/batch_size", within=config),
+        device=DEVICE,
+        threads=CPU_THREADS,
+    log:
+        f"{RESULTS}/logs/predict/{{suite}}-base-{{model}}.log",
+    threads: CPU_THREADS
+    resources:
+        gpu=GPUS,
+        mem_mb=16000 if GPUS else 4000,
+        runtime=240,
+    conda:
+        "../envs/predict.yaml"
+    message:
+        "predict {wildcards.suite} with the base {wildcards.model}"
+    script:
+        "../scripts/predict_rows.py"
+
+
+rule predict_tuned:
+    input:
+        model=model_of,
+        adapter=f"{RESULTS}/runs/{{run}}/adapter",
+        datasets=datasets_of,
+    output:
+        predictions=f"{RESULTS}/predictions/{{suite}}/tuned/{{run}}.jsonl",
+    params:
+        code=code_of("predict_rows.py"),
+        form=form_of,
+        quantization=lookup(dpath="{run}/settings/quantization", within=RUNS),
+        attention=attention_of,
+        shots=0,
+        max_new_tokens=lookup(dpath="suites/{suite}/max_new_tokens", within=config),
+        batch_size=lookup(dpath="suites/{suite}/batch_size", within=config),
+        device=DEVICE,
+        threads=CPU_THREADS,
+    log:
+        f"{RESULTS}/logs/predict/{{suite}}-tuned-{{run}}.log",
+    threads: CPU_THREADS
+    resources:
+        gpu=GPUS,
+        mem_mb=16000 if GPUS else 4000,
+        runtime=240,
+    conda:
+        "../envs/predict.yaml"
+    message:
+        "predict {wildcards.suite} with the run {wildcards.run}"
+    script:
+        "../scripts/predict_rows.py"

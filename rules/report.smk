@@ -1,0 +1,36 @@
+# In: all metrics, predictions, cards and records. Out: report/index.html, one file that opens offline.
+
+
+TEMPLATES = [f"{workflow.basedir}/report/index.html.j2"] + sorted(
+    str(path) for path in Path(workflow.basedir, "report").glob("*") if path.name != "index.html.j2"
+)
+
+
+rule report:
+    input:
+        metrics=f"{RESULTS}/metrics.csv",
+        comparison=f"{RESULTS}/comparison.csv",
+        predictions=[f"{path}.jsonl".replace("/metrics/", "/predictions/", 1) for path in EVALUATED],
+        scores=[f"{path}.scores.jsonl" for path in EVALUATED],
+        datasets=collect("results/datasets/{dataset}", dataset=used("datasets")),
+        mixtures=collect(f"{RESULTS}/mixtures/{{mixture}}", mixture=used("mixtures")),
+        records=collect(f"{RESULTS}/runs/{{run}}/run.json", run=RUNS),
+        training_logs=collect(f"{RESULTS}/runs/{{run}}/training_log.csv", run=RUNS),
+        templates=TEMPLATES,
+    output:
+        report=f"{RESULTS}/report/index.html",
+    params:
+        code=code_of("report_results.py"),
+        title=config["title"],
+        bootstraps=BOOTSTRAPS,
+    log:
+        f"{RESULTS}/logs/report.log",
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    conda:
+        "../envs/report.yaml"
+    message:
+        "write the report"
+    script:
+        "../scripts/report_results.py"

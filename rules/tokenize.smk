@@ -1,0 +1,25 @@
+# In: mixtures/{mixture}/ and a base model's tokenizer. Out: tokens/{model}/{mixture}/ with ids and labels as Arrow, card.json.
+
+
+rule tokenize:
+    input:
+        mixture=f"{RESULTS}/mixtures/{{mixture}}",
+        model="results/sources/models/{model}",
+    output:
+        tokens=directory(f"{RESULTS}/tokens/{{model}}/{{mixture}}"),
+    params:
+        code=code_of("tokenize_mixture.py"),
+        form=form_of,
+        max_length=lookup(dpath="mixtures/{mixture}/max_length", within=config),
+        overlong=lookup(dpath="mixtures/{mixture}/overlong", within=config),
+    log:
+        f"{RESULTS}/logs/tokenize/{{model}}-{{mixture}}.log",
+    resources:
+        mem_mb=4000,
+        runtime=120,
+    conda:
+        "../envs/tokenize.yaml"
+    message:
+        "tokenize {wildcards.mixture} for {wildcards.model}"
+    script:
+        "../scripts/tokenize_mixture.py"

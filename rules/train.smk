@@ -1,0 +1,33 @@
+# In: a base model and a tokenised mixture. Out: runs/{run}/ with adapter/, run.json and training_log.csv.
+# Checkpoints lie outside, since Snakemake deletes declared outputs before a job.
+
+
+rule train:
+    input:
+        model=model_of,
+        tokens=tokens_of,
+    output:
+        adapter=directory(f"{RESULTS}/runs/{{run}}/adapter"),
+        record=f"{RESULTS}/runs/{{run}}/run.json",
+        training_log=f"{RESULTS}/runs/{{run}}/training_log.csv",
+    params:
+        code=code_of("train_run.py"),
+        run=lookup(dpath="{run}", within=RUNS),
+        attention=attention_of,
+        device=DEVICE,
+        threads=CPU_THREADS,
+        checkpoints="results/checkpoints",
+        tensorboard=f"{RESULTS}/logs/tensorboard/{{run}}",
+    log:
+        f"{RESULTS}/logs/train/{{run}}.log",
+    threads: CPU_THREADS
+    resources:
+        gpu=GPUS,
+        mem_mb=lambda wildcards, attempt: (16000 if GPUS else 4000) * attempt,
+        runtime=lambda wildcards, attempt: 720 * attempt,
+    conda:
+        "../envs/train.yaml"
+    message:
+        "train {wildcards.run}"
+    script:
+        "../scripts/train_run.py"

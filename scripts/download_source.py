@@ -1,0 +1,104 @@
+"""Stage `download`: a pinned model or dataset comes from the hub or from a local path, and is checked."""
+
+from qlora.stage import log, run_stage
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qlora.errors import UserError
+from qlora.files import files_below, replacing, sha256_of, sha256_of_file, write_json
+
+MODEL_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+]
+NEVER = ["*.gguf", "original/*", "onnx/*", "*consolidated*"]
+
+
+def download_source(folder: Path, kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> None:
+    """Put a source's files and source.json (their SHA-256 and sizes) into `folder`.
+
+    `kind` is models or datasets, `source` its entry in the config with hub and revision, or path and sha256;
+    `patterns` are globs of the files that are needed from the hub, all where the list is empty.
+    """
+    if "hub" in source and "revision" not in source:
+        raise UserError(
+            f"config: {kind}.{name}.source: not pinned; add 'revision:' with the commit, 40 hex digits, that is to be used"
+        )
+    with replacing(folder) as scratch:
+        scratch.mkdir()
+        if "hub" in source:
+            _from_hub(scratch, kind, name, source, patterns)
+        else:
+            _from_path(scratch, kind, name, source)
+        write_source_record(scratch, source)
+
+
+def write_source_record(folder: Path, source: Mapping[str, object]) -> None:
+    """Write source.json into a folder: where its files came from, and each one's SHA-256 and size in bytes."""
+    files = {
+        file.relative_to(folder).as_posix(): {"sha256": sha256_of_file(file), "size": file.stat().st_size}
+        for file in files_below(folder)
+    }
+    write_json(folder / "source.json", {"source": dict(source), "files": files})
+
+
+def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) -> None:
+    path = Path(source["path"])
+    found = sha256_of(path)
+    if found != source["sha256"]:
+        raise UserError(
+            f"{kind}.{name}: the SHA-256 of {path} is {found}, pinned is {source['sha256']};"
+            " bring the pinned data back, or pin the new value if the change is meant"
+        )
+    for file in files_below(path):
+        target = folder / (file.relative_to(path) if path.is_dir() else file.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def _from_hub(folder: Path, kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> None:
+    repository, revision = source["hub"], source["revision"]
+    log.info("downloading %s at %s", repository, revision)
+    try:
+        snapshot = snapshot_download(
+            repository,
+            repo_type=kind.removesuffix("s"),
+            revision=revision,
+            allow_patterns=patterns or (MODEL_FILES if kind == "models" else None),
+            ignore_patterns=NEVER,
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"{kind}.{name}: {repository} is gated; accept its terms on its page on the hub, then set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{kind}.{name}: {repository} has no commit {revision}; pin one that it has") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{kind}.{name}: {repository} is not on the hub, or private; mend the name, or set HF_TOKEN"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise UserError(
+            f"{kind}.{name}: {repository} cannot be fetched ({type(error).__name__}); is there a network? Start again to go on"
+        ) from error
+    shutil.copytree(snapshot, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+
+
+if __name__ == "__main__":
+    run_stage(download_source)

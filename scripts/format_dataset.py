@@ -1,0 +1,152 @@
+"""Stage `format`: a dataset's own rows become conversations, split into train, validation and test."""
+
+from qlora.stage import run_stage
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora.conversations import conversation, prompt_hash, unusable
+from qlora.errors import UserError
+from qlora.files import replacing, write_json, write_jsonl
+from qlora.readers import read_rows
+
+SPLITS = ("train", "validation", "test")
+Rows = dict[str, list[dict[str, Any]]]  # split → rows; a row carries its prompt's hash until it is written
+
+
+def format_dataset(source: Path, dataset: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Write `dataset`/{train,validation,test}.jsonl and card.json, which counts every row read, kept and dropped.
+
+    `source` is the downloaded file or folder, `settings` the dataset's entry in the config. A split without a file is
+    taken from the training rows by the hash of the normalised prompt, so equal prompts are never on two sides; and a
+    training row whose prompt stands in validation or test is dropped.
+    """
+    dropped: Counter[str] = Counter()
+    files = split_files(source, name, settings.get("files"))
+    rows: Rows = {split: [] for split in SPLITS}
+    for split, paths in files.items():
+        for path in paths:
+            rows[split] += _read(path, source, settings, dropped)
+    read = {split: len(items) for split, items in rows.items()}
+    for split in ("validation", "test"):
+        if split not in files:
+            rows["train"], rows[split] = held_out(rows["train"], split, settings["holdout"].get(split, HOLDOUT[split]))
+    rows["train"] = without_leaks(rows, dropped)
+    for split, most in settings["limit"].items():
+        dropped[f"over the limit of {split}"] += max(0, len(rows[split]) - most)
+        rows[split] = sorted(sorted(rows[split], key=lambda row: row["hash"])[:most], key=lambda row: row["position"])
+    if not rows["train"] and not rows["test"]:
+        raise UserError(f"dataset '{name}': no row is left of {sum(read.values())} read; dropped: {dict(dropped)}")
+    with replacing(dataset) as folder:
+        folder.mkdir()
+        database = settings.get("database", {}).get("file")
+        if database:
+            shutil.copyfile(_one_file(source, database, name), folder / database)
+        for split in SPLITS:
+            for row in rows[split]:
+                if database:
+                    row["database"] = str(dataset / database)
+            write_jsonl(
+                folder / f"{split}.jsonl",
+                ({k: v for k, v in row.items() if k not in ("hash", "position")} for row in rows[split]),
+            )
+        write_json(folder / "card.json", _card(name, settings, read, rows, dropped))
+
+
+HOLDOUT = {"validation": 0.05, "test": 0.1}  # share of the training rows where the config names none
+
+
+def split_files(source: Path, name: str, patterns: Mapping[str, str] | None) -> dict[str, list[Path]]:
+    """The files of each split inside a source: by glob, or the single file as training rows."""
+    if source.is_file():
+        return {"train": [source]}
+    if patterns is None:
+        files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+        if len(files) != 1:
+            raise UserError(
+                f"config: datasets.{name}: its source has {len(files)} files; say with 'files' which split is which"
+            )
+        return {"train": files}
+    found = {split: sorted(source.glob(pattern)) for split, pattern in patterns.items()}
+    for split, paths in found.items():
+        if not paths:
+            raise UserError(f"config: datasets.{name}.files.{split}: nothing in {source} matches '{patterns[split]}'")
+    return found
+
+
+def _one_file(source: Path, pattern: str, name: str) -> Path:
+    path = source / pattern
+    if not path.is_file():
+        raise UserError(f"config: datasets.{name}.database.file: {path} does not exist")
+    return path
+
+
+def _read(path: Path, source: Path, settings: Mapping[str, Any], dropped: Counter[str]) -> list[dict[str, Any]]:
+    """All usable rows of a file in the canonical form; what cannot be used is counted in `dropped`."""
+    rows = []
+    column = settings.get("database", {}).get("column")
+    where = path.relative_to(source) if path != source else Path(path.name)
+    for number, given in read_rows(path):
+        place = f"{where}, row {number}"
+        messages = conversation(given, settings, place)
+        reason = unusable(messages)
+        if reason:
+            dropped[reason] += 1
+            continue
+        if "slice" in settings and settings["slice"] not in given:
+            raise UserError(f"{place}: has no column '{settings['slice']}', which the config names as slice")
+        row = {
+            "id": f"{where.as_posix()}:{number}",
+            "slice": str(given[settings["slice"]]) if "slice" in settings else "",
+            "messages": messages,
+            "hash": prompt_hash(messages),
+            "position": number,
+        }
+        if column and given.get(column):
+            row["database"] = given[column]
+        rows.append(row)
+    return rows
+
+
+def held_out(rows: list[dict[str, Any]], split: str, share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows that stay and rows that are held out: those whose prompt's hash falls into the split's own share."""
+    start = (
+        0.0 if split == "test" else 0.5
+    )  # test and validation take disjoint ranges of the hash, so neither moves the other
+
+    def is_held_out(row: Mapping[str, Any]) -> bool:
+        return start <= int(row["hash"][:13], 16) / 16**13 < start + share
+
+    return [row for row in rows if not is_held_out(row)], [row for row in rows if is_held_out(row)]
+
+
+def without_leaks(rows: Rows, dropped: Counter[str]) -> list[dict[str, Any]]:
+    """The training rows whose prompt stands neither in validation nor in test; the others are counted."""
+    seen = {row["hash"] for split in ("validation", "test") for row in rows[split]}
+    kept = [row for row in rows["train"] if row["hash"] not in seen]
+    dropped["training prompt stands in validation or test"] += len(rows["train"]) - len(kept)
+    return kept
+
+
+def _card(
+    name: str, settings: Mapping[str, Any], read: Mapping[str, int], rows: Rows, dropped: Counter[str]
+) -> dict[str, Any]:
+    return {
+        "dataset": name,
+        "source": settings["source"],
+        "licence": settings["licence"],
+        "task": settings["task"],
+        "read": dict(read),
+        "kept": {split: len(rows[split]) for split in SPLITS},
+        "slices": {
+            split: dict(sorted(Counter(row["slice"] or "all" for row in rows[split]).items())) for split in SPLITS
+        },
+        "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
+    }
+
+
+if __name__ == "__main__":
+    run_stage(format_dataset)

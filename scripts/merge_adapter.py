@@ -1,0 +1,33 @@
+"""Stage `merge`, on request: a run's adapter is folded into the dequantised base that it was trained on."""
+
+from qlora.stage import log, run_stage
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from qlora.files import replacing
+from qlora.models import load_quantized
+from qlora.render import load_tokenizer
+
+
+def merge_adapter(
+    model: Path, adapter: Path, merged: Path, quantization: Mapping[str, Any], attention: str, device: str
+) -> None:
+    """Write a plain model folder in bfloat16, with its tokenizer, that transformers loads without PEFT or bitsandbytes.
+
+    The base is dequantised first: the adapter was trained to correct the 4-bit weights, not the original ones.
+    """
+    base = load_quantized(model, quantization, device, attention).dequantize()
+    whole = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True).to(torch.bfloat16)
+    with replacing(merged) as folder:
+        whole.save_pretrained(folder)
+        load_tokenizer(model).save_pretrained(folder)
+    log.info("merged %s into %s", adapter, merged)
+
+
+if __name__ == "__main__":
+    run_stage(merge_adapter)

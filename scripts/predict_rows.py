@@ -1,0 +1,245 @@
+"""Stage `predict`: a base model or a run answers the test rows of a suite, and is asked how likely the true answers are."""
+
+from qlora.stage import Progress, log, run_stage
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from qlora.conversations import Message
+from qlora.files import read_jsonl, write_jsonl
+from qlora.models import load_quantized, set_threads
+from qlora.render import IGNORED, Format, Tokens, encode, load_tokenizer, padding_id, prompt_ids, segments, tokenized
+
+SLACK = 8  # tokens that an answer may be longer than the longest training answer of its dataset
+LOSS_TOKENS = 16_384  # padded tokens of a batch when the likelihood of answers is computed
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing asked of the model: the whole row as ids and labels, and the prompt's ids with which it is asked."""
+
+    subject: str
+    dataset: str
+    id: str
+    tokens: Tokens
+    prompt: list[int]
+    limit: int  # tokens that may be generated
+    one_line: bool  # the answer ends with its line, as the examples in the prompt show
+
+
+def predict_rows(
+    model: Path,
+    datasets: list[Path],
+    predictions: Path,
+    adapter: Path | None,
+    form: Format | None,
+    quantization: Mapping[str, Any],
+    attention: str,
+    shots: int,
+    max_new_tokens: int,
+    batch_size: int,
+    device: str,
+    threads: int,
+) -> None:
+    """Write a prediction for each test row of the formatted `datasets`, a row a line.
+
+    Without `adapter` the subject is the base, and with `shots` above 0 also the base with that many training rows in
+    its prompt. Decoding is greedy, up to the longest training answer of the dataset and some tokens more, and at most
+    `max_new_tokens`. `nll` is in nats over the answer's tokens, its stop token included.
+    """
+    set_threads(threads, device)
+    tokenizer = load_tokenizer(model)
+    network: Any = load_quantized(model, quantization, device, attention)
+    if adapter is not None:
+        network = PeftModel.from_pretrained(network, adapter)
+    network.eval()
+    context = network.config.get_text_config().max_position_embeddings
+    subject = "base" if adapter is None else "tuned"
+    asked = [
+        question
+        for folder in datasets
+        for question in questions(folder, subject, tokenizer, form, shots, max_new_tokens, context)
+    ]
+    stops = stop_ids(network, tokenizer)
+    answers = generate(network, asked, stops, padding_id(tokenizer), batch_size)
+    likelihoods = answer_nll(network, asked, padding_id(tokenizer))
+    write_jsonl(
+        predictions,
+        (
+            _row(question, answer, nll, stops, tokenizer)
+            for question, answer, nll in zip(asked, answers, likelihoods, strict=True)
+        ),
+    )
+
+
+def _row(question: Question, answer: list[int], nll: float, stops: set[int], tokenizer: Any) -> dict[str, Any]:
+    stopped = bool(answer) and answer[-1] in stops
+    text = tokenizer.decode(answer[:-1] if stopped else answer, skip_special_tokens=True)
+    if question.one_line and "\n" in text.strip():
+        text, stopped = text.strip().split("\n", 1)[0], True
+    is_few_shot = question.subject == "few_shot"
+    return {
+        "subject": question.subject,
+        "dataset": question.dataset,
+        "id": question.id,
+        "prompt": tokenizer.decode(question.prompt, skip_special_tokens=True),
+        "generated": text,
+        "stopped": stopped,
+        "nll": None if is_few_shot else nll,
+        "tokens": 0 if is_few_shot else question.tokens.supervised,
+    }
+
+
+def questions(
+    folder: Path, subject: str, tokenizer: Any, form: Format | None, shots: int, max_new_tokens: int, context: int
+) -> Iterator[Question]:
+    """What is asked of a model for one dataset: each test row as it is, and where `shots` > 0 with examples before it.
+
+    Prompt and answer share `context` tokens; examples are left out, the first one first, until they fit, and counted.
+    """
+    train = list(read_jsonl(folder / "train.jsonl"))
+    lengths = map(len, encode(tokenizer, [row["messages"][-1]["content"] for row in train]))
+    limit = min(max_new_tokens, max(lengths, default=max_new_tokens) + SLACK)
+    room = context - limit
+    examples = few_shot_examples(train, shots) if shots else []
+    left_out = 0
+    for row in read_jsonl(folder / "test.jsonl"):
+        tokens = tokenized(segments(row["messages"], tokenizer, form), tokenizer, form)
+        yield Question(subject, folder.name, row["id"], tokens, _cut(prompt_ids(tokens), room), limit, one_line=False)
+        given = list(examples)
+        while given:
+            messages = [*(turn for example in given for turn in example), *row["messages"]]
+            prompt = prompt_ids(tokenized(segments(messages, tokenizer, form), tokenizer, form))
+            if len(prompt) <= room or len(given) == 1:
+                prompt = _cut(prompt, room)
+                yield Question("few_shot", folder.name, row["id"], tokens, prompt, limit, _one_line(examples))
+                break
+            given, left_out = given[1:], left_out + 1
+    if left_out:
+        log.info(
+            "%s: %d examples left out of few-shot prompts, which have %d tokens of room", folder.name, left_out, room
+        )
+
+
+def few_shot_examples(rows: Sequence[Mapping[str, Any]], shots: int) -> list[list[Message]]:
+    """`shots` training conversations with different answers where there are any, chosen by a hash of the row."""
+    ordered = sorted(rows, key=lambda row: hashlib.sha256(repr(row["messages"]).encode()).digest())
+    by_answer: dict[str, list[Message]] = {}
+    for row in ordered:
+        by_answer.setdefault(row["messages"][-1]["content"], row["messages"])
+    return list(by_answer.values())[:shots]
+
+
+def _one_line(examples: Sequence[Sequence[Message]]) -> bool:
+    return all("\n" not in example[-1]["content"] for example in examples)
+
+
+def _cut(ids: list[int], room: int) -> list[int]:
+    """A prompt cut on the left to `room` tokens; its first id, the BOS where there is one, stays."""
+    return ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1 :]
+
+
+def stop_ids(network: Any, tokenizer: Any) -> set[int]:
+    """The tokens at which generation ends: the tokenizer's, and those that the model's own generation config names."""
+    named = network.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named] if named is not None else [])}
+
+
+def batches_of(asked: Sequence[Question], size: int) -> list[list[int]]:
+    """Places of the questions in batches: one limit a batch, prompts of like length side by side."""
+    by_limit: dict[int, list[int]] = {}
+    for place in sorted(range(len(asked)), key=lambda place: (len(asked[place].prompt), place)):
+        by_limit.setdefault(asked[place].limit, []).append(place)
+    return [places[start : start + size] for places in by_limit.values() for start in range(0, len(places), size)]
+
+
+def generate(
+    network: Any, asked: Sequence[Question], stops: set[int], padding: int, batch_size: int
+) -> list[list[int]]:
+    """Greedy answers, in the order asked, each up to and with its stop token."""
+    answers: list[list[int]] = [[] for _ in asked]
+    progress = Progress(len(asked), "predict", "answers")
+    done = 0
+    for batch in batches_of(asked, batch_size):
+        width = max(len(asked[index].prompt) for index in batch)
+        ids = torch.full((len(batch), width), padding)
+        mask = torch.zeros_like(ids)
+        for place, index in enumerate(batch):
+            prompt = asked[index].prompt
+            ids[place, width - len(prompt) :] = torch.tensor(prompt)
+            mask[place, width - len(prompt) :] = 1
+        with torch.inference_mode():
+            written = network.generate(
+                input_ids=ids.to(network.device),
+                attention_mask=mask.to(network.device),
+                max_new_tokens=asked[batch[0]].limit,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=sorted(stops),
+                pad_token_id=padding,
+            )
+        for index, row in zip(batch, written[:, width:].tolist(), strict=True):
+            end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+            answers[index] = row[:end]
+        done += len(batch)
+        progress.update(done)
+    return answers
+
+
+def answer_nll(network: Any, asked: Sequence[Question], padding: int) -> list[float]:
+    """Negative log-likelihood of each true answer in nats, summed over its tokens; 0 for a few-shot question."""
+    order = sorted(
+        (index for index in range(len(asked)) if asked[index].subject != "few_shot"),
+        key=lambda index: len(asked[index].tokens.input_ids),
+    )
+    sums = [0.0] * len(asked)
+    batch: list[int] = []
+    for position, index in enumerate(order):
+        batch.append(index)
+        following = order[position + 1] if position + 1 < len(order) else None
+        if following is None or (len(batch) + 1) * len(asked[following].tokens.input_ids) > LOSS_TOKENS:
+            for place, value in zip(
+                batch, _batch_nll(network, [asked[item].tokens for item in batch], padding), strict=True
+            ):
+                sums[place] = value
+            batch = []
+    return sums
+
+
+def _batch_nll(network: Any, rows: Sequence[Tokens], padding: int) -> list[float]:
+    """NLL of the labels of each row, shape (rows,); logits are computed in full only for the answer's positions."""
+    width = max(len(row.input_ids) for row in rows)
+    ids = torch.full((len(rows), width), padding)
+    labels = torch.full((len(rows), width), IGNORED)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        length = len(row.input_ids)
+        ids[place, :length] = torch.tensor(row.input_ids)
+        labels[place, :length] = torch.tensor(row.labels)
+        mask[place, :length] = 1
+    with torch.inference_mode():
+        logits = network(
+            input_ids=ids.to(network.device), attention_mask=mask.to(network.device), use_cache=False
+        ).logits
+        wanted = labels[:, 1:].to(network.device)
+        chosen = wanted != IGNORED
+        nll = torch.nn.functional.cross_entropy(logits[:, :-1][chosen].float(), wanted[chosen], reduction="none")
+        sums = (
+            torch.zeros(wanted.shape, dtype=torch.float64, device=nll.device)
+            .masked_scatter(chosen, nll.double())
+            .sum(dim=1)
+        )
+    return [float(value) for value in sums]
+
+
+if __name__ == "__main__":
+    run_stage(predict_rows)

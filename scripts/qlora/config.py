@@ -1,0 +1,169 @@
+"""The configuration: closed schema, defaults filled in, cross-references checked, errors of one line."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from qlora.errors import UserError
+from qlora.files import sha256_of
+
+SCHEMA = Path(__file__).parents[2] / "config" / "schema.yaml"
+
+
+def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with all defaults filled in.
+
+    Raises UserError with one line that names the key and says what to do.
+    """
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    _check_against(schema, schema, config, "")
+    full: dict[str, Any] = _with_defaults(schema, schema, config)
+    _check_sources(full)
+    _check_references(full)
+    full["runs"] = [_run_with_its_recipe(schema, full, run) for run in full["runs"]]
+    return full
+
+
+def results_folder(config: Mapping[str, Any]) -> str:
+    """Where the results of this configuration lie, relative to the working folder."""
+    return f"results/experiments/{config['name']}" if config["name"] else "results"
+
+
+def _resolved(root: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema that a `$ref` stands for."""
+    return root["$defs"][schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
+
+
+def _check_against(root: Mapping[str, Any], schema: Mapping[str, Any], value: Any, where: str) -> None:
+    """Raise UserError for the first, outermost place where `value` breaks the schema."""
+    validator = jsonschema.Draft202012Validator({**schema, "$defs": root["$defs"]})
+    errors = sorted(validator.iter_errors(value), key=lambda error: (len(error.path), list(map(str, error.path))))
+    if errors:
+        raise UserError(_in_one_line(errors[0], where))
+
+
+def _in_one_line(error: jsonschema.ValidationError, where: str) -> str:
+    """A schema error as a sentence that names the key and says what would be right."""
+    key = ".".join([*([where] if where else []), *map(str, error.absolute_path)])
+    place = f"config: {key}" if key else "config"
+    if error.validator == "additionalProperties":
+        known = sorted(error.schema["properties"])
+        unknown = sorted(set(error.instance) - set(known))[0]
+        return f"{place}: unknown key '{unknown}'{_nearest(unknown, known)}"
+    if error.validator == "required":
+        missing = next(name for name in error.validator_value if name not in error.instance)
+        return f"{place}: the key '{missing}' is missing; add it"
+    if error.validator == "enum":
+        choices = [str(choice) for choice in error.validator_value]
+        return f"{place}: '{error.instance}' is not one of {', '.join(choices)}{_nearest(str(error.instance), choices, '; ')}"
+    if error.validator == "pattern" and "revision" in key:
+        return (
+            f"{place}: '{error.instance}' is not a commit of 40 hex digits; branches and tags move, so pin the commit"
+        )
+    if error.validator == "type":
+        wanted = error.validator_value
+        wanted = wanted if isinstance(wanted, str) else " or ".join(wanted)
+        return f"{place}: {error.instance!r} is of the wrong type; it must be {wanted}"
+    return f"{place}: {error.message}"
+
+
+def _nearest(name: str, known: Iterable[str], before: str = "; ") -> str:
+    """A hint that names the nearest known name, or all of them when none is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"{before}did you mean '{near[0]}'?"
+    return f"{before}known: {', '.join(sorted(known))}"
+
+
+def _with_defaults(root: Mapping[str, Any], schema: Mapping[str, Any], value: Any) -> Any:
+    """`value` with the schema's defaults filled in, at every level."""
+    schema = _resolved(root, schema)
+    if isinstance(value, Mapping):
+        properties = schema.get("properties", {})
+        defaults = {
+            key: _resolved(root, item)["default"]
+            for key, item in properties.items()
+            if "default" in _resolved(root, item)
+        }
+        others = schema.get("additionalProperties") or {}
+        return {
+            key: _with_defaults(root, properties.get(key, others), item) for key, item in {**defaults, **value}.items()
+        }
+    if isinstance(value, list):
+        return [_with_defaults(root, schema.get("items", {}), item) for item in value]
+    return value
+
+
+def _check_references(config: Mapping[str, Any]) -> None:
+    """Raise UserError where one part of the configuration names another that is not there."""
+    for kind, name, what, wanted in _references(config):
+        if wanted not in config[what]:
+            raise UserError(
+                f"config: {kind} '{name}' names the unknown {what[:-1]} '{wanted}'{_nearest(wanted, config[what])}"
+            )
+    names = [run["name"] for run in config["runs"]]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"config: runs: the name '{twice[0]}' stands twice; every run needs a name of its own")
+
+
+def _references(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """All references as (kind, its name, registry, name that must be in that registry)."""
+    for run in config["runs"]:
+        for kind in ("model", "mixture", "recipe"):
+            yield "run", run["name"], f"{kind}s", run[kind]
+    for name, mixture in config["mixtures"].items():
+        yield from (("mixture", name, "datasets", dataset) for dataset in mixture["datasets"])
+    for name, suite in config["suites"].items():
+        yield from (("suite", name, "datasets", dataset) for dataset in suite["datasets"])
+    for name, model in config["models"].items():
+        if model["format"]:
+            yield "model", name, "formats", model["format"]
+
+
+def _check_sources(config: Mapping[str, Any]) -> None:
+    """Raise UserError where a source is not of exactly one kind, or a dataset's rows have no meaning."""
+    for registry, kinds in (("models", ("hub", "path", "build")), ("datasets", ("hub", "path"))):
+        for name, item in config[registry].items():
+            given = [kind for kind in kinds if kind in item["source"]]
+            if len(given) != 1:
+                raise UserError(f"config: {registry}.{name}.source: give exactly one of {', '.join(kinds)}")
+    for name, dataset in config["datasets"].items():
+        ways = [way for way in ("prompt", "messages", "llama2_text") if way in dataset]
+        if len(ways) != 1 or ("prompt" in dataset) != ("completion" in dataset):
+            raise UserError(f"config: datasets.{name}: give prompt and completion, or messages, or llama2_text")
+
+
+def check_pinned(kind: str, name: str, source: Mapping[str, Any]) -> None:
+    """Raise UserError where a local source that is going to be used is missing or not pinned, with the line that pins it.
+
+    A hub source without a commit may be planned; its download refuses it.
+    """
+    if "path" in source:
+        path = Path(source["path"])
+        if not path.exists():
+            raise UserError(
+                f"config: {kind}.{name}.source.path: {path} does not exist; mend the path or put the file there"
+            )
+        if "sha256" not in source:
+            raise UserError(f"config: {kind}.{name}.source: not pinned; add 'sha256: {sha256_of(path)}'")
+
+
+def _run_with_its_recipe(
+    schema: Mapping[str, Any], config: Mapping[str, Any], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The run with its own recipe under `settings`: the named recipe, with the run's overrides laid over it."""
+    recipe = schema["$defs"]["recipe"]
+    _check_against(schema, recipe, run["overrides"], f"runs: {run['name']}.overrides")
+    return {**run, "settings": _laid_over(config["recipes"][run["recipe"]], run["overrides"])}
+
+
+def _laid_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mappings merged at every level."""
+    both = {key: _laid_over(base[key], over[key]) for key in base if isinstance(base[key], Mapping) and key in over}
+    return {**base, **over, **both}

@@ -1,0 +1,278 @@
+"""Plain text for pre-training the built base models: made-up words in lists, records, scripts, talk and tales.
+
+It shows how text repeats itself, refers back and is laid out. It holds no task: no question is followed by its
+SQL, no message by a label, no post by a title.
+"""
+
+from collections.abc import Callable
+from random import Random
+from zlib import crc32
+
+_ONSETS = "b br c d dr f g gr h j k kl l m n p pr r s st t th tr v w y z".split()
+_VOWELS = "a e i o u".split()
+_CODAS = ["", "", "", "", "", "l", "m", "n", "r", "s", "k", "x", "t", "d"]
+THINGS = """table bench door window tent bicycle piano guitar carpet mirror ladder bucket stove pump trailer clock
+    lamp kettle radio chair heater printer parcel letter house garden boat engine jacket basket""".split()
+NAMES = """parcels letters books films players teams students courses orders invoices houses farms trains buses cars
+    planes rivers doctors hotels animals employees museums stars trees shoes phones accounts""".split()
+COLUMNS = """city country owner author language genre school subject customer method street district colour model
+    vendor species habitat department office artist style brand store size driver route status carrier""".split()
+AMOUNTS = """weight price volume speed year pages rating goals age score amount discount total rent area length
+    depth width salary bonus nights stock balance rate seats hours copies height""".split()
+VERBS = "repair clean paint sell move build buy hide lift measure test wash find send stop change open carry".split()
+QUALITIES = "small wooden green heavy rusty broken large cheap round white black noisy tall used narrow".split()
+PEOPLE = ["my aunt", "a friend", "our teacher", "the neighbour", "my brother", "the baker", "a farmer", "the captain"]
+PLACES = ["behind the house", "at school", "in the kitchen", "by the river", "at home", "in town", "on the hill"]
+TIMES = ["in winter", "last year", "before the rain", "at night", "this week", "today", "yesterday", "one morning"]
+
+
+def is_held_out(value: str) -> bool:
+    """Whether a made-up value belongs to validation or test of the example data, which use a fifth of all values."""
+    return crc32(value.encode()) % 10 < 2
+
+
+def word(random: Random) -> str:
+    """A lower-case made-up word that is not held out in either case."""
+    while True:
+        made = _syllables(random)
+        if not is_held_out(made.capitalize()):
+            return made
+
+
+def _syllables(random: Random) -> str:
+    count = random.choice((1, 2, 2, 2, 2, 3))
+    return "".join(random.choice(_ONSETS) + random.choice(_VOWELS) + random.choice(_CODAS) for _ in range(count))
+
+
+def name(random: Random) -> str:
+    return word(random).capitalize()
+
+
+def number(random: Random) -> str:
+    while True:
+        value = str(random.randint(1, 10 ** random.randint(1, 4)))
+        if not is_held_out(value):
+            return value
+
+
+def code(random: Random) -> str:
+    while True:
+        value = "".join(random.choices("ABCDEFGHKLMNPRSTVWXZ", k=2)) + f"-{random.randint(100, 999)}"
+        if not is_held_out(value):
+            return value
+
+
+def value(random: Random) -> str:
+    """A quoted name or code, or a number, as it stands in scripts."""
+    return random.choice((quoted, quoted, number))(random)
+
+
+def quoted(random: Random) -> str:
+    kind = random.random()
+    if kind < 0.2:
+        return f"'{code(random)}'"
+    if kind < 0.35:
+        return f"'{name(random)} {name(random)}'"
+    return f"'{name(random)}'"
+
+
+def item(random: Random) -> str:
+    """Anything that a list may hold."""
+    kind = random.random()
+    if kind < 0.3:
+        return word(random)
+    if kind < 0.5:
+        return name(random)
+    if kind < 0.8:
+        return value(random)
+    return random.choice(random.choice((THINGS, NAMES, COLUMNS, AMOUNTS, VERBS, QUALITIES)))
+
+
+def echo(random: Random) -> str:
+    """A list that is repeated, whole or from some place on."""
+    items = [item(random) for _ in range(random.randint(2, 9))]
+    joint = random.choice((" ", ", ", " and ", " | "))
+    again = random.choice((" ", ", ", " and ", " | ")) if random.random() < 0.3 else joint
+    lines = [joint.join(items)]
+    for _ in range(random.choice((1, 1, 2))):
+        start = 0 if random.random() < 0.6 else random.randrange(len(items))
+        lines.append(again.join(items[start:]))
+    return random.choice(("\n", "\nagain: ", " ; ", "\n> ")).join(lines)
+
+
+def table(random: Random) -> tuple[str, list[str], list[str]]:
+    """A table's name, its columns of text and its columns of numbers; every second one has made-up names."""
+    made_up = random.random() < 0.5
+    texts = random.sample(COLUMNS, random.choice((2, 3)))
+    numbers = random.sample(AMOUNTS, random.choice((1, 2)))
+    if not made_up:
+        return random.choice(NAMES), texts, numbers
+    texts = [word(random) if random.random() < 0.7 else column for column in texts]
+    numbers = [word(random) if random.random() < 0.7 else column for column in numbers]
+    return word(random) + random.choice(("s", "s", "")), texts, numbers
+
+
+def header(random: Random, title: str, columns: list[str]) -> str:
+    columns = list(columns)
+    random.shuffle(columns)
+    return f"{title} ({', '.join(columns)})"
+
+
+def records(random: Random) -> str:
+    """A table's header, an entry of it as key and value lines, and sentences that look values up again."""
+    title, texts, numbers = table(random)
+    entry = {column: quoted(random) for column in texts} | {column: number(random) for column in numbers}
+    keys = list(entry)
+    random.shuffle(keys)
+    lines = [header(random, title, keys)] if random.random() < 0.7 else []
+    lines += [f"{key}: {entry[key]}" for key in keys]
+    random.shuffle(keys)
+    form = random.choice(("The {k} is {v}.", "{v} is the {k} of the {t}.", "In {t}, {k} = {v}", "{k} {v}"))
+    lines += [form.format(k=key, v=entry[key], t=title) for key in keys[: random.randint(1, len(keys))]]
+    return "\n".join(lines)
+
+
+def clause(random: Random, texts: list[str], numbers: list[str]) -> str:
+    if random.random() < 0.55:
+        return f"{random.choice(texts)} = {quoted(random)}"
+    return f"{random.choice(numbers)} {random.choice('><=')} {number(random)}"
+
+
+def script(random: Random) -> str:
+    """A table's header and SQL statements about it, for no question."""
+    title, texts, numbers = table(random)
+    lines = [header(random, title, texts + numbers)]
+    for _ in range(random.randint(1, 4)):
+        column = random.choice(texts + numbers)
+        where = " WHERE " + " AND ".join(clause(random, texts, numbers) for _ in range(random.choice((1, 1, 2))))
+        kind = random.random()
+        if kind < 0.35:
+            lines.append(f"SELECT {column} FROM {title}{where}")
+        elif kind < 0.45:
+            lines.append(f"SELECT {', '.join(random.sample(texts + numbers, 2))} FROM {title}{where}")
+        elif kind < 0.6:
+            lines.append(f"SELECT COUNT(*) FROM {title}{where}")
+        elif kind < 0.75:
+            lines.append(
+                f"SELECT {random.choice(('AVG', 'SUM', 'MAX', 'MIN'))}({random.choice(numbers)}) FROM {title}{where}"
+            )
+        elif kind < 0.9:
+            order = f"{random.choice(numbers)} {random.choice(('ASC', 'DESC'))} LIMIT {random.randint(2, 5)}"
+            lines.append(f"SELECT {column} FROM {title} ORDER BY {order}")
+        else:
+            group = random.choice(texts)
+            lines.append(
+                f"SELECT {group}, COUNT(*) FROM {title}{where if random.random() < 0.6 else ''} GROUP BY {group}"
+            )
+    return "\n".join(lines)
+
+
+def remark(random: Random, title: str, texts: list[str], numbers: list[str]) -> str:
+    """A question or a wish about a table, which nothing answers."""
+    column, amount = random.choice(texts + numbers), random.choice(numbers)
+    text = random.choice(texts)
+    which = random.choice(
+        (
+            f"with {text} {quoted(random)}",
+            f"where the {text} is {quoted(random)}",
+            f"with {amount} over {number(random)}",
+            f"where {amount} is less than {number(random)}",
+            f"that have more than {number(random)} {amount}",
+        )
+    )
+    return random.choice(
+        (
+            f"Which {title} are there {which}?",
+            f"Is there a {column} for the {title} {which}?",
+            f"How many {title} {which} did they count?",
+            f"We talked about the {column} of {title} {which}.",
+            f"They list the {title} by {column}, the highest {amount} first.",
+            f"Somebody wants the average {amount} for each {text} of the {title}.",
+            f"All {title} {which} show the {column}.",
+            f"Every one of the {title} has a {column} and a {amount}.",
+        )
+    )
+
+
+def remarks(random: Random) -> str:
+    title, texts, numbers = table(random)
+    said = [remark(random, title, texts, numbers) for _ in range(random.choice((1, 1, 2)))]
+    said.insert(0, header(random, title, texts + numbers))
+    return "\n".join(said)
+
+
+def talk(random: Random) -> str:
+    """What people say to each other about doing things."""
+    lines = []
+    for _ in range(random.randint(2, 4)):
+        deed = f"{random.choice(VERBS)} the {random.choice(QUALITIES)} {random.choice(THINGS)}"
+        lines.append(
+            random.choice(
+                (
+                    f"{name(random)} will {deed}.",
+                    f"You and {name(random)} {deed}, but not {random.choice(TIMES)}.",
+                    f"They never {deed}. My order is {code(random)}.",
+                    f"We hope to {deed}, and {name(random)} has to pay {number(random)} for it.",
+                    f"Thanks to {name(random)}, nobody has to {deed}.",
+                    f"Hello {name(random)}, is it time to {deed} with {code(random)}?",
+                    f"It is cheap to {deed}, so they want to do it {random.choice(TIMES)}.",
+                )
+            )
+        )
+    return " ".join(lines)
+
+
+def tale(random: Random) -> str:
+    """A short story that names a thing, speaks of others, and comes back to the first by its full name."""
+    quality = random.choice((random.choice(QUALITIES), name(random), f"{random.choice(QUALITIES)} {name(random)}"))
+    thing = f"{quality} {random.choice((random.choice(THINGS), random.choice(THINGS), word(random)))}"
+    other = f"{random.choice((random.choice(QUALITIES), name(random)))} {random.choice(THINGS)}"
+    who, verb, when = random.choice(PEOPLE), random.choice(VERBS), random.choice(TIMES)
+    start = random.choice(
+        (
+            f"Once {who} had a {thing}.",
+            f"{who.capitalize()} got a {thing} {random.choice(PLACES)}.",
+            f"Here is a {thing} from {who}.",
+            f"{name(random)} came with a {thing}.",
+        )
+    )
+    middle = random.choice(
+        (
+            f"{name(random)} had a {other} and was happy.",
+            f"It was no {other}.",
+            f"It was green, said {name(random)}.",
+            f"They forgot the {other} of {name(random)}.",
+        )
+    )
+    wish = random.choice(
+        (
+            f"They had to {verb} it {when}.",
+            f"{name(random)} came to {verb} it {when}.",
+            f"Could they {verb} it {when}?",
+        )
+    )
+    end = random.choice(
+        (
+            f"So {who} did {verb} a {thing} {when}.",
+            f"That was how they {verb} a {thing} {when}.",
+            f"In the end: {verb} a {thing} {when}.",
+            f"And the {thing} was theirs.",
+        )
+    )
+    return " ".join([start, middle, wish, end] if random.random() < 0.8 else [start, wish, end])
+
+
+KINDS: dict[Callable[[Random], str], float] = {
+    echo: 0.40,
+    records: 0.15,
+    script: 0.15,
+    remarks: 0.10,
+    talk: 0.08,
+    tale: 0.12,
+}
+
+
+def document(random: Random) -> str:
+    """One document of a kind drawn by its weight."""
+    (kind,) = random.choices(list(KINDS), weights=list(KINDS.values()))
+    return kind(random)

@@ -1,0 +1,88 @@
+"""Reading and writing files so that an output is there whole or not at all."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import UserError
+
+HASH_BLOCK = 1 << 20  # bytes
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` for a file or a folder, and rename it onto `path` at success.
+
+    On any error the temporary is removed and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        temporary = Path(scratch) / path.name
+        yield temporary
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        temporary.replace(path)
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def files_below(path: Path) -> list[Path]:
+    """The file itself, or all files below a folder in the order of their relative POSIX paths; dot files left out."""
+    if path.is_file():
+        return [path]
+    below = (file for file in path.rglob("*") if file.is_file())
+    seen = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    return sorted(seen, key=lambda file: file.relative_to(path).as_posix())
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, or of a folder: then over one line `<sha256>  <relative path>` a file, as `sha256sum` prints."""
+    if path.is_file():
+        return sha256_of_file(path)
+    lines = [f"{sha256_of_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files_below(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file that this workflow wrote, one a line."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: not JSON ({error.msg}); delete the file to make it anew"
+                ) from error
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows one a line, whole or not at all; returns how many."""
+    count = 0
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count

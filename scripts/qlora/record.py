@@ -1,0 +1,58 @@
+"""What a run leaves about itself: versions, hardware, memory."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
+
+
+def versions() -> dict[str, str]:
+    """Installed version of each package that takes part in training, and of Python."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def hardware(device: str, threads: int) -> dict[str, Any]:
+    """The processor, and the card where there is one, that a result was made on."""
+    found: dict[str, Any] = {"device": device, "threads": threads, "cpu": _cpu_name(), "cores": os.cpu_count()}
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _cpu_name() -> str:
+    """The processor's name as the kernel gives it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def peak_memory(device: str) -> dict[str, int]:
+    """Highest memory of this process so far, in bytes: resident, and on the card where there is one."""
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 (16 hex digits) over values that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

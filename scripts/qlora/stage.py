@@ -1,0 +1,155 @@
+"""How a stage script runs: under Snakemake, with the rule's log, or by hand from a command line.
+
+Importing this module under Snakemake sends all that libraries print to the rule's log, so a script imports it first.
+"""
+
+import argparse
+import errno
+import inspect
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from qlora.errors import UserError
+
+PROGRESS_SECONDS = 10.0  # between two lines of progress on a terminal
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forking after its threads exist prints a warning a call
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+log = logging.getLogger("qlora")
+
+
+def _job() -> Any:
+    """The object that Snakemake puts into the script that it runs, or None when run by hand."""
+    return getattr(sys.modules["__main__"], "snakemake", None)
+
+
+def _open_console() -> TextIO:
+    """Keep the terminal's stderr, and send file descriptors 1 and 2 to the rule's log when there is one."""
+    job = _job()
+    if job is None or not job.log:
+        return sys.stderr
+    console = os.fdopen(os.dup(2), "w", buffering=1)
+    log_path = Path(str(job.log[0]))
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    return console
+
+
+def _fail(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """Say in one line on the terminal what went wrong; the whole trace goes to the log."""
+    job = _job()
+    what = job.rule if job else Path(sys.argv[0]).stem
+    if isinstance(error, UserError):
+        line = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        line = "interrupted; start again to go on"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        line = f"no space left on the disk that holds {error.filename or 'the outputs'}; free some and start again"
+    else:
+        line = f"{kind.__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        line += f" (all of it in {job.log[0]})" if job and job.log else ""
+    if not isinstance(error, UserError) or job:
+        traceback.print_exception(kind, error, trace)
+    print(f"{what}: error: {line}", file=console, flush=True)
+
+
+console = _open_console()
+sys.excepthook = _fail
+logging.basicConfig(
+    level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+)
+
+
+class Progress:
+    """A line on the terminal every ten seconds of long work; nothing where there is no terminal."""
+
+    def __init__(self, total: int, what: str, unit: str) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self.started = self.printed = time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Tell that `done` of the units are finished."""
+        now = time.monotonic()
+        if not console.isatty() or now - self.printed < PROGRESS_SECONDS or not done:
+            return
+        self.printed = now
+        left = (now - self.started) / done * (self.total - done)
+        print(
+            f"  {self.what}: {done:,} of {self.total:,} {self.unit}, {left:.0f} s left{note}", file=console, flush=True
+        )
+
+
+def run_stage(function: Callable[..., object]) -> None:
+    """Call a stage's function with the job's inputs, outputs, params and threads, or with command line options."""
+    signal.signal(signal.SIGTERM, _terminate)
+    job = _job()
+    arguments = _arguments_of_job(function, job) if job else _arguments_of_command_line(function)
+    function(**arguments)
+
+
+def _terminate(number: int, frame: types.FrameType | None) -> None:
+    """Turn Snakemake's request to stop into an exception, so that half-written files are removed."""
+    raise KeyboardInterrupt
+
+
+def _parameters(function: Callable[..., object]) -> dict[str, tuple[Any, Any]]:
+    """Name → (type, default) of a function's parameters; the default is `inspect.Parameter.empty` where required."""
+    hints = typing.get_type_hints(function)
+    return {name: (hints[name], item.default) for name, item in inspect.signature(function).parameters.items()}
+
+
+def _arguments_of_job(function: Callable[..., object], job: Any) -> dict[str, Any]:
+    """The job's named inputs, outputs and params that the function takes, paths as Path."""
+    given = {**dict(job.input.items()), **dict(job.output.items()), **dict(job.params.items()), "threads": job.threads}
+    return {
+        name: _as_paths(given[name], hint)
+        for name, (hint, default) in _parameters(function).items()
+        if name in given or default is inspect.Parameter.empty
+    }
+
+
+def _as_paths(value: Any, hint: Any) -> Any:
+    """`value` as the annotation says: Path, or a list of Path (Snakemake gives a plain string for one file)."""
+    if hint == list[Path]:
+        return [Path(str(item)) for item in ([value] if isinstance(value, str) else value)]
+    if hint in (Path, Path | None):
+        return Path(str(value)) if value else None
+    return value
+
+
+def _arguments_of_command_line(function: Callable[..., object]) -> dict[str, Any]:
+    """Parse `--name value` options made from the function's signature; mappings and lists are given as YAML."""
+    import yaml  # not needed under Snakemake
+
+    summary = inspect.getdoc(function) or ""
+    parser = argparse.ArgumentParser(
+        description=summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    width = shutil.get_terminal_size().columns
+    for name, (hint, default) in _parameters(function).items():
+        required = default is inspect.Parameter.empty
+        shown = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+        note = shown if required else f"{shown}, default {default}"
+        parser.add_argument(f"--{name.replace('_', '-')}", required=required, default=default, help=note[:width])
+    given = vars(parser.parse_args())
+    parsed = {}
+    for name, (hint, default) in _parameters(function).items():
+        value = given[name]
+        if isinstance(value, str) and value is not default and hint is not str:
+            value = value if hint in (Path, Path | None) else yaml.safe_load(value)
+        parsed[name] = _as_paths(value, hint)
+    return parsed
