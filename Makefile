@@ -13,11 +13,11 @@ help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
 
 demo: venv ## run the embedded default and say where its report is (CORES=all)
-	@$(BIN)/snakemake --cores $(CORES)
+	@$(BIN)/snakemake --cores $(CORES) --quiet host reason
 	@echo "Report: results/report/index.html"
 
 test: venv ## run the fast tests
-	@$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
+	@$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
 
 lint: venv ## check the style and types of Python and Snakemake files
 	@$(BIN)/ruff check

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -60,10 +60,10 @@ def write_source_record(folder: Path, source: Mapping[str, object]) -> None:
 
 def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) -> None:
     path = Path(source["path"])
-    found = sha256_of(path)
-    if found != source["sha256"]:
+    found, pinned = sha256_of(path), source.get("sha256", "none")
+    if found != pinned:
         raise UserError(
-            f"{kind}.{name}: the SHA-256 of {path} is {found}, pinned is {source['sha256']};"
+            f"{kind}.{name}: the SHA-256 of {path} is {found}, pinned is {pinned};"
             " bring the pinned data back, or pin the new value if the change is meant"
         )
     for file in files_below(path):
@@ -74,13 +74,14 @@ def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) ->
 
 def _from_hub(folder: Path, kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> None:
     repository, revision = source["hub"], source["revision"]
+    wanted = patterns or (MODEL_FILES if kind == "models" else ["*"])
     log.info("downloading %s at %s", repository, revision)
     try:
         snapshot = snapshot_download(
             repository,
             repo_type=kind.removesuffix("s"),
             revision=revision,
-            allow_patterns=patterns or (MODEL_FILES if kind == "models" else None),
+            allow_patterns=wanted,
             ignore_patterns=NEVER,
         )
     except GatedRepoError as error:
@@ -93,10 +94,12 @@ def _from_hub(folder: Path, kind: str, name: str, source: Mapping[str, str], pat
         raise UserError(
             f"{kind}.{name}: {repository} is not on the hub, or private; mend the name, or set HF_TOKEN"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+    except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(
             f"{kind}.{name}: {repository} cannot be fetched ({type(error).__name__}); is there a network? Start again to go on"
         ) from error
+    if not files_below(Path(snapshot)):
+        raise UserError(f"{kind}.{name}: {repository} at {revision} has no file like {', '.join(wanted)}; mend 'files'")
     shutil.copytree(snapshot, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
 
 

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora.conversations import conversation, prompt_hash, unusable
+from qlora.conversations import column_value, conversation, prompt_hash, unusable
 from qlora.errors import UserError
-from qlora.files import replacing, write_json, write_jsonl
+from qlora.files import files_below, replacing, write_json, write_jsonl
 from qlora.readers import read_rows
 
 SPLITS = ("train", "validation", "test")
+LEAKS = {"validation": "validation prompt stands in test", "train": "training prompt stands in validation or test"}
 Rows = dict[str, list[dict[str, Any]]]  # split → rows; a row carries its prompt's hash until it is written
 
 
@@ -21,56 +22,60 @@ def format_dataset(source: Path, dataset: Path, name: str, settings: Mapping[str
     """Write `dataset`/{train,validation,test}.jsonl and card.json, which counts every row read, kept and dropped.
 
     `source` is the downloaded file or folder, `settings` the dataset's entry in the config. A split without a file is
-    taken from the training rows by the hash of the normalised prompt, so equal prompts are never on two sides; and a
-    training row whose prompt stands in validation or test is dropped.
+    taken from the training rows by the hash of the normalised prompt. Equal prompts are never on two sides: a training
+    row whose prompt stands in validation or test is dropped, and so is a validation row whose prompt stands in test.
     """
     dropped: Counter[str] = Counter()
     files = split_files(source, name, settings.get("files"))
     rows: Rows = {split: [] for split in SPLITS}
+    read: dict[str, int] = {}
     for split, paths in files.items():
+        before = dropped.total()
         for path in paths:
             rows[split] += _read(path, source, settings, dropped)
-    read = {split: len(items) for split, items in rows.items()}
+        read[split] = len(rows[split]) + dropped.total() - before
+    rows = without_leaks(rows, dropped)  # before rows are held out, or one that leaks could be among them
     for split in ("validation", "test"):
         if split not in files:
-            rows["train"], rows[split] = held_out(rows["train"], split, settings["holdout"].get(split, HOLDOUT[split]))
-    rows["train"] = without_leaks(rows, dropped)
+            rows["train"], rows[split] = held_out(rows["train"], split, settings["holdout"][split])
     for split, most in settings["limit"].items():
         dropped[f"over the limit of {split}"] += max(0, len(rows[split]) - most)
-        rows[split] = sorted(sorted(rows[split], key=lambda row: row["hash"])[:most], key=lambda row: row["position"])
+        rows[split] = limited(rows[split], most)
     if not rows["train"] and not rows["test"]:
-        raise UserError(f"dataset '{name}': no row is left of {sum(read.values())} read; dropped: {dict(dropped)}")
+        raise UserError(f"dataset '{name}': no row is left of {sum(read.values())} read; dropped: {dict(+dropped)}")
+    if "column" in settings.get("database", {}):
+        _check_databases(rows["test"], settings["database"]["column"])
     with replacing(dataset) as folder:
         folder.mkdir()
         database = settings.get("database", {}).get("file")
         if database:
-            shutil.copyfile(_one_file(source, database, name), folder / database)
+            given = _one_file(source, database, name)
+            database = given.name
+            shutil.copyfile(given, folder / database)
         for split in SPLITS:
             for row in rows[split]:
                 if database:
                     row["database"] = str(dataset / database)
             write_jsonl(
                 folder / f"{split}.jsonl",
-                ({k: v for k, v in row.items() if k not in ("hash", "position")} for row in rows[split]),
+                ({key: value for key, value in row.items() if key != "hash"} for row in rows[split]),
             )
         write_json(folder / "card.json", _card(name, settings, read, rows, dropped))
-
-
-HOLDOUT = {"validation": 0.05, "test": 0.1}  # share of the training rows where the config names none
 
 
 def split_files(source: Path, name: str, patterns: Mapping[str, str] | None) -> dict[str, list[Path]]:
     """The files of each split inside a source: by glob, or the single file as training rows."""
     if source.is_file():
         return {"train": [source]}
+    record = source / "source.json"  # written by the download, no data
     if patterns is None:
-        files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+        files = [path for path in files_below(source) if path != record]
         if len(files) != 1:
             raise UserError(
                 f"config: datasets.{name}: its source has {len(files)} files; say with 'files' which split is which"
             )
         return {"train": files}
-    found = {split: sorted(source.glob(pattern)) for split, pattern in patterns.items()}
+    found = {split: sorted(set(source.glob(pattern)) - {record}) for split, pattern in patterns.items()}
     for split, paths in found.items():
         if not paths:
             raise UserError(f"config: datasets.{name}.files.{split}: nothing in {source} matches '{patterns[split]}'")
@@ -96,14 +101,11 @@ def _read(path: Path, source: Path, settings: Mapping[str, Any], dropped: Counte
         if reason:
             dropped[reason] += 1
             continue
-        if "slice" in settings and settings["slice"] not in given:
-            raise UserError(f"{place}: has no column '{settings['slice']}', which the config names as slice")
         row = {
             "id": f"{where.as_posix()}:{number}",
-            "slice": str(given[settings["slice"]]) if "slice" in settings else "",
+            "slice": str(column_value(given, settings["slice"], place)) if "slice" in settings else "",
             "messages": messages,
             "hash": prompt_hash(messages),
-            "position": number,
         }
         if column and given.get(column):
             row["database"] = given[column]
@@ -112,23 +114,40 @@ def _read(path: Path, source: Path, settings: Mapping[str, Any], dropped: Counte
 
 
 def held_out(rows: list[dict[str, Any]], split: str, share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows that stay and rows that are held out: those whose prompt's hash falls into the split's own share."""
-    start = (
-        0.0 if split == "test" else 0.5
-    )  # test and validation take disjoint ranges of the hash, so neither moves the other
+    """Rows that stay and rows that are held out: those whose prompt's hash falls into the split's own share.
+
+    Test takes the low end of the hashes and validation the high one, so neither moves the other.
+    """
 
     def is_held_out(row: Mapping[str, Any]) -> bool:
-        return start <= int(row["hash"][:13], 16) / 16**13 < start + share
+        place = int(row["hash"][:13], 16) / 16**13
+        return place < share if split == "test" else place >= 1 - share
 
     return [row for row in rows if not is_held_out(row)], [row for row in rows if is_held_out(row)]
 
 
-def without_leaks(rows: Rows, dropped: Counter[str]) -> list[dict[str, Any]]:
-    """The training rows whose prompt stands neither in validation nor in test; the others are counted."""
-    seen = {row["hash"] for split in ("validation", "test") for row in rows[split]}
-    kept = [row for row in rows["train"] if row["hash"] not in seen]
-    dropped["training prompt stands in validation or test"] += len(rows["train"]) - len(kept)
+def without_leaks(rows: Rows, dropped: Counter[str]) -> Rows:
+    """The rows without those whose prompt stands in a split that is held out from theirs; these are counted."""
+    kept = {"test": rows["test"]}
+    seen = {row["hash"] for row in rows["test"]}
+    for split, leak in LEAKS.items():
+        kept[split] = [row for row in rows[split] if row["hash"] not in seen]
+        dropped[leak] += len(rows[split]) - len(kept[split])
+        seen |= {row["hash"] for row in kept[split]}
     return kept
+
+
+def limited(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most `most` rows, chosen by the prompt's hash, in their own order."""
+    chosen = {row["id"] for row in sorted(rows, key=lambda row: row["hash"])[:most]}
+    return [row for row in rows if row["id"] in chosen]
+
+
+def _check_databases(rows: list[dict[str, Any]], column: str) -> None:
+    """Raise UserError for a test row without the database that its answer is to be run on."""
+    for row in rows:
+        if "database" not in row:
+            raise UserError(f"{row['id']}: nothing in column '{column}', which the config names as database")
 
 
 def _card(

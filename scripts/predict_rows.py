@@ -1,4 +1,4 @@
-"""Stage `predict`: a base model or a run answers the test rows of a suite, and is asked how likely the true answers are."""
+"""Stage `predict`: a base model or a run answers a suite's test rows, and says how likely the true answers are."""
 
 from qlora.stage import Progress, log, run_stage
 

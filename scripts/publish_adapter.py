@@ -4,14 +4,15 @@ from qlora.stage import log, run_stage
 
 import csv
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 
 from qlora.errors import UserError
-from qlora.files import read_json, replacing, write_json
+from qlora.files import read_json, write_json
 
 
 def publish_adapter(
@@ -24,7 +25,8 @@ def publish_adapter(
     if not repository:
         raise UserError("publish: say where to with --config publish_to=owner/name")
     run = read_json(record)
-    with replacing(receipt.parent / "upload") as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "upload"
         shutil.copytree(adapter, folder)
         (folder / "README.md").write_text(card(run, metrics, base), encoding="utf-8")
         write_json(folder / "run.json", run)
@@ -34,9 +36,10 @@ def publish_adapter(
             commit = api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message=f"Add adapter of run {run['name']}"
             )
-        except (HfHubHTTPError, ConnectionError) as error:
+        except (HTTPError, ConnectionError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"publish: {repository}: {str(error).splitlines()[0]}; is HF_TOKEN set, and may it write there?"
+                f"publish: {repository}: {reason}; is HF_TOKEN set, and may it write there?"
             ) from error
     write_json(receipt, {"repository": repository, "commit": commit.oid})
     log.info("published as %s at %s", repository, commit.oid)

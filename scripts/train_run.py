@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -45,8 +45,8 @@ def train_run(
 ) -> None:
     """Train one run and write its adapter (PEFT form, safetensors), run.json and training_log.csv.
 
-    `run` holds name, model, mixture, recipe, seed and settings (the recipe with the run's overrides). Checkpoints lie in
-    a folder below `checkpoints` named by a hash of all that decides the result, so a run goes on from its own alone.
+    `run` holds name, model, mixture, recipe, seed and settings (the recipe with the run's overrides). Checkpoints lie
+    in a folder below `checkpoints` named by a hash of all that decides the result, so a run goes on from its own alone.
     """
     started = time.monotonic()
     set_threads(threads, device)
@@ -79,7 +79,7 @@ def train_run(
             "tokens": counter.tokens,
             "supervised tokens": counter.supervised,
             "rows": read_json(tokens / "card.json")["train"],
-            "trainable parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "trainable parameters": sum(parameter.numel() for parameter in trainer.trainable()),
             "resumed from": Path(last).name if last else None,
             "seconds": round(seconds, 2),
             "tokens per second": round(counter.tokens / trainer.seconds, 1) if not last else None,
@@ -120,7 +120,7 @@ class ShowProgress(TrainerCallback):
         self.what = what
         self.progress: Progress | None = None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:  # noqa: ARG002 (the trainer's)
         """Called by the trainer after each optimiser step."""
         self.progress = self.progress or Progress(state.max_steps, self.what, "steps")
         loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
@@ -130,7 +130,12 @@ class ShowProgress(TrainerCallback):
 class Trainer(SFTTrainer):
     """TRL's trainer, counting what it sees."""
 
+    model: PeftModel
     seconds = 0.0  # spent in training steps
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """What is learned: the adapter's weights."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def counter(self) -> TokenCounter:
         """The counter; found anew each time, since going on from a checkpoint puts another in its place."""
@@ -151,13 +156,10 @@ class Trainer(SFTTrainer):
     ) -> Any:
         """Mean over the learned tokens of the optimiser step (of the batch, in evaluation), in nats."""
         if return_outputs:
-            raise NotImplementedError("logits are not computed in training")
-        items = (
-            num_items_in_batch
-            if num_items_in_batch is not None
-            else (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
-        )
-        return model(**inputs, loss_items=items)
+            raise ValueError("logits are not computed in training")
+        if num_items_in_batch is None:
+            num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        return model(**inputs, loss_items=num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the tokens seen to what is logged."""
@@ -177,7 +179,7 @@ def make_trainer(
     folder: Path,
     tensorboard: str,
 ) -> Trainer:
-    """A trainer over the quantised base with fp32 adapters, ready to train. The seed is set before the adapter exists."""
+    """A trainer over the quantised base with fp32 adapters. The seed is set before the adapter exists."""
     tokenizer = load_tokenizer(model)
     lora = settings["lora"]
     shutil.rmtree(tensorboard, ignore_errors=True)
@@ -200,9 +202,8 @@ def make_trainer(
         ),
         callbacks=[TokenCounter(), TensorBoardCallback(SummaryWriter(tensorboard))],
     )
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL casts to bfloat16, where small steps are rounded away
-            parameter.data = parameter.data.float()
+    for parameter in trainer.trainable():  # TRL casts to bfloat16, where small steps are rounded away
+        parameter.data = parameter.data.float()
     return trainer
 
 
@@ -249,7 +250,7 @@ def training_arguments(settings: Mapping[str, Any], seed: int, device: str, fold
 def write_adapter(trainer: Trainer, adapter: Path) -> None:
     """Save the adapter in PEFT form, the same bytes each time."""
     with replacing(adapter) as folder:
-        trainer.model.save_pretrained(folder)
+        trainer.model.save_pretrained(str(folder))
         (folder / "adapter_model.safetensors").chmod(0o644)  # written for its owner alone
         (folder / "README.md").unlink(missing_ok=True)  # an empty card; `publish` writes one with results
         config = read_json(folder / "adapter_config.json")

@@ -1,6 +1,9 @@
 """The configuration: closed schema, defaults filled in, cross-references checked, errors of one line."""
 
 import difflib
+import re
+import reprlib
+import string
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +55,7 @@ def _in_one_line(error: jsonschema.ValidationError, where: str) -> str:
     place = f"config: {key}" if key else "config"
     if error.validator == "additionalProperties":
         known = sorted(error.schema["properties"])
-        unknown = sorted(set(error.instance) - set(known))[0]
+        unknown = min(str(key) for key in error.instance if key not in known)
         return f"{place}: unknown key '{unknown}'{_nearest(unknown, known)}"
     if error.validator == "required":
         missing = next(name for name in error.validator_value if name not in error.instance)
@@ -60,15 +63,24 @@ def _in_one_line(error: jsonschema.ValidationError, where: str) -> str:
     if error.validator == "enum":
         choices = [str(choice) for choice in error.validator_value]
         return f"{place}: '{error.instance}' is not one of {', '.join(choices)}{_nearest(str(error.instance), choices, '; ')}"
-    if error.validator == "pattern" and "revision" in key:
+    if error.validator == "pattern" and key.endswith(".revision"):
         return (
             f"{place}: '{error.instance}' is not a commit of 40 hex digits; branches and tags move, so pin the commit"
         )
     if error.validator == "type":
         wanted = error.validator_value
         wanted = wanted if isinstance(wanted, str) else " or ".join(wanted)
-        return f"{place}: {error.instance!r} is of the wrong type; it must be {wanted}"
+        return f"{place}: {reprlib.repr(error.instance)} is of the wrong type; it must be {wanted}{_hint(error.instance, wanted)}"
     return f"{place}: {error.message}"
+
+
+def _hint(value: Any, wanted: str) -> str:
+    """A hint where YAML's own rules made `value` another type than its look promises."""
+    if isinstance(value, str) and "number" in wanted and re.fullmatch(r"[\d.]+[eE][+-]?\d+", value):
+        return "; in YAML a number with an exponent has a point and a sign, as in 5.0e-3"
+    if isinstance(value, bool | int | float) and wanted == "string":
+        return "; put it in quotes"
+    return ""
 
 
 def _nearest(name: str, known: Iterable[str], before: str = "; ") -> str:
@@ -135,8 +147,21 @@ def _check_sources(config: Mapping[str, Any]) -> None:
                 raise UserError(f"config: {registry}.{name}.source: give exactly one of {', '.join(kinds)}")
     for name, dataset in config["datasets"].items():
         ways = [way for way in ("prompt", "messages", "llama2_text") if way in dataset]
-        if len(ways) != 1 or ("prompt" in dataset) != ("completion" in dataset):
-            raise UserError(f"config: datasets.{name}: give prompt and completion, or messages, or llama2_text")
+        with_prompt = "prompt" in dataset
+        if len(ways) != 1 or ("completion" in dataset) != with_prompt or ("system" in dataset and not with_prompt):
+            raise UserError(
+                f"config: datasets.{name}: give prompt and completion (and system), or messages, or llama2_text"
+            )
+        for key in ("system", "prompt", "completion"):
+            _check_template(f"datasets.{name}.{key}", dataset.get(key, ""))
+
+
+def _check_template(key: str, template: str) -> None:
+    """Raise UserError where the braces of a template over columns do not pair."""
+    try:
+        list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"config: {key}: {error}; write a brace that stands for itself twice") from error
 
 
 def check_pinned(kind: str, name: str, source: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ class Message(TypedDict):
 
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "prompter": "user"}  # other names of the roles
+TEMPLATES = (("system", "system"), ("user", "prompt"), ("assistant", "completion"))  # role, key of the config
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs, which UTF-8 cannot write
 LLAMA2_TURN = re.compile(r"\[INST\](?P<user>.*?)\[/INST\](?P<assistant>.*?)(?=\[INST\]|\Z)", re.DOTALL)
 LLAMA2_SYSTEM = re.compile(r"<<SYS>>(?P<system>.*?)<</SYS>>", re.DOTALL)
 
@@ -34,15 +36,17 @@ def conversation(row: Mapping[str, Any], mapping: Mapping[str, Any], place: str)
     `place` names file and row for the UserError that a missing column or an unusable value raises.
     """
     if "messages" in mapping:
-        return _from_messages(_column(row, mapping["messages"], place), place)
-    if "llama2_text" in mapping:
-        return from_llama2_text(str(_column(row, mapping["llama2_text"], place)), place)
-    parts = [
-        (role, mapping[key])
-        for role, key in (("system", "system"), ("user", "prompt"), ("assistant", "completion"))
-        if key in mapping
-    ]
-    return [message(role, fill(template, row, place)) for role, template in parts]
+        messages = _from_messages(column_value(row, mapping["messages"], place), place)
+    elif "llama2_text" in mapping:
+        messages = from_llama2_text(str(column_value(row, mapping["llama2_text"], place)), place)
+    else:
+        parts = [(role, mapping[key]) for role, key in TEMPLATES if key in mapping]
+        messages = [message(role, fill(template, row, place)) for role, template in parts]
+    for turn in messages:
+        bad = NO_TEXT.search(turn["content"])
+        if bad:
+            raise UserError(f"{place}: its {turn['role']} text holds {bad[0]!a}, which no text may hold; remove it")
+    return messages
 
 
 def fill(template: str, row: Mapping[str, Any], place: str) -> str:
@@ -51,16 +55,15 @@ def fill(template: str, row: Mapping[str, Any], place: str) -> str:
     for literal, column, _, _ in string.Formatter().parse(template):
         pieces.append(literal)
         if column is not None:
-            pieces.append(str(_column(row, column, place)))
+            pieces.append(str(column_value(row, column, place)))
     return "".join(pieces).strip()
 
 
-def _column(row: Mapping[str, Any], column: str, place: str) -> Any:
+def column_value(row: Mapping[str, Any], column: str, place: str) -> Any:
+    """The value in a row's column, "" for none. Raises UserError, naming `place`, where there is no such column."""
     if column not in row:
         raise UserError(f"{place}: has no column '{column}'; it has {', '.join(map(str, row))}")
     value = row[column]
-    if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{place}, column '{column}': holds a NUL byte; remove it")
     return "" if value is None else value
 
 
@@ -113,7 +116,7 @@ def unusable(messages: list[Message]) -> str | None:
     """Why a conversation teaches nothing, or None: the reason that the card counts."""
     if not messages or messages[-1]["role"] != "assistant":
         return "does not end in an answer"
-    if not any(turn["role"] == "user" for turn in messages):
+    if not any(turn["role"] == "user" and turn["content"] for turn in messages):
         return "has no prompt"
     if any(not turn["content"] for turn in messages if turn["role"] == "assistant"):
         return "empty answer"

@@ -8,18 +8,37 @@ from collections.abc import Callable
 from random import Random
 from zlib import crc32
 
-_ONSETS = "b br c d dr f g gr h j k kl l m n p pr r s st t th tr v w y z".split()
+_ONSETS = "b br c d f g gr h j k l m n p pr r s st t tr v w z".split()
 _VOWELS = "a e i o u".split()
 _CODAS = ["", "", "", "", "", "l", "m", "n", "r", "s", "k", "x", "t", "d"]
-THINGS = """table bench door window tent bicycle piano guitar carpet mirror ladder bucket stove pump trailer clock
-    lamp kettle radio chair heater printer parcel letter house garden boat engine jacket basket""".split()
-NAMES = """parcels letters books films players teams students courses orders invoices houses farms trains buses cars
-    planes rivers doctors hotels animals employees museums stars trees shoes phones accounts""".split()
-COLUMNS = """city country owner author language genre school subject customer method street district colour model
-    vendor species habitat department office artist style brand store size driver route status carrier""".split()
-AMOUNTS = """weight price volume speed year pages rating goals age score amount discount total rent area length
-    depth width salary bonus nights stock balance rate seats hours copies height""".split()
-VERBS = "repair clean paint sell move build buy hide lift measure test wash find send stop change open carry".split()
+THINGS = """table bench door window fence roof wall boat bicycle piano guitar violin carpet curtain mirror ladder
+    bucket stove oven pump trailer clock watch lamp kettle radio chair heater printer tablet speaker engine jacket
+    basket blanket candle saddle shelf desk drum tent shed pond lawn cart wagon""".split()
+NAMES = """buses trains trucks players teams coaches books poems films songs parcels letters shipments recipes cakes
+    houses flats shops students courses exams orders invoices payments farms fields planes flights rivers lakes
+    bridges phones laptops printers cameras doctors nurses clinics hotels camps animals birds clerks managers museums
+    statues paintings stars planets cars bikes gardens trees flowers shirts shoes dresses servers routers banks loans
+    accounts cards""".split()
+COLUMNS = """driver route depot colour team country position sponsor author publisher language genre director studio
+    label venue sender city status carrier cook origin course owner street district agent school subject tutor campus
+    customer method region farmer crop soil village airline airport captain state builder material brand model chip
+    vendor hospital ward illness guest chef manager town species breed habitat department job office artist era style
+    observer class maker fuel garage dealer gardener family season park designer fabric pattern store admin zone
+    system client branch holder purpose""".split()
+AMOUNTS = """seats speed mileage goals height age matches pages price copies minutes rating sales budget weight fee
+    volume items servings sugar salt rooms rent area floors grade credits hours score amount discount tax total yield
+    acres rainfall distance delay length depth width flow memory battery screen visits dose beds nights deposit eggs
+    teeth salary bonus holidays year value visitors mass radius doors power petals roots leaves size stock returns
+    ports load balance rate term""".split()
+WORDS = """hello good morning evening dear please thanks best wishes hope want need should could would can not never
+    nobody somebody already today yesterday week last time day number name order code password login address invoice
+    bill refund money euros delivery parcel cancel contract stop upgrade plan bigger mend part broken fix reset unlock
+    correct track deliver arrives everything street house home school kitchen friend brother aunt neighbours without
+    tools winter rain night year own about instead only know where when how what which there those every each all many
+    count average total largest smallest highest lowest two three four five list show give find tell print need among
+    with whose that have more less than over under above below says cost much place new""".split()
+VERBS = """repair clean paint sell move build store buy hide lift measure cover test wash tune warm dry mend find send
+    stop change""".split()
 QUALITIES = "small wooden green heavy rusty broken large cheap round white black noisy tall used narrow".split()
 PEOPLE = ["my aunt", "a friend", "our teacher", "the neighbour", "my brother", "the baker", "a farmer", "the captain"]
 PLACES = ["behind the house", "at school", "in the kitchen", "by the river", "at home", "in town", "on the hill"]
@@ -40,7 +59,7 @@ def word(random: Random) -> str:
 
 
 def _syllables(random: Random) -> str:
-    count = random.choice((1, 2, 2, 2, 2, 3))
+    count = random.choice((1, 2, 2, 2, 2, 2, 3))
     return "".join(random.choice(_ONSETS) + random.choice(_VOWELS) + random.choice(_CODAS) for _ in range(count))
 
 
@@ -79,25 +98,20 @@ def quoted(random: Random) -> str:
 def item(random: Random) -> str:
     """Anything that a list may hold."""
     kind = random.random()
-    if kind < 0.3:
+    if kind < 0.25:
         return word(random)
-    if kind < 0.5:
+    if kind < 0.45:
         return name(random)
-    if kind < 0.8:
+    if kind < 0.7:
         return value(random)
-    return random.choice(random.choice((THINGS, NAMES, COLUMNS, AMOUNTS, VERBS, QUALITIES)))
+    return random.choice(random.choice((THINGS, NAMES, COLUMNS, AMOUNTS, VERBS, QUALITIES, WORDS)))
 
 
 def echo(random: Random) -> str:
-    """A list that is repeated, whole or from some place on."""
-    items = [item(random) for _ in range(random.randint(2, 9))]
-    joint = random.choice((" ", ", ", " and ", " | "))
-    again = random.choice((" ", ", ", " and ", " | ")) if random.random() < 0.3 else joint
-    lines = [joint.join(items)]
-    for _ in range(random.choice((1, 1, 2))):
-        start = 0 if random.random() < 0.6 else random.randrange(len(items))
-        lines.append(again.join(items[start:]))
-    return random.choice(("\n", "\nagain: ", " ; ", "\n> ")).join(lines)
+    """A list that is repeated. Most are short: copying is learned from those first, and far sooner."""
+    items = [item(random) for _ in range(random.choice((1, 2, 2, 3, 3, 4, 6)))]
+    line = random.choice((" ", ", ", " and ", " | ")).join(items)
+    return random.choice(("\n", ": ", " ; ", "\n> ")).join([line] * random.choice((2, 3, 4) if len(items) < 4 else (2,)))
 
 
 def table(random: Random) -> tuple[str, list[str], list[str]]:

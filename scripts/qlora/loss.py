@@ -17,7 +17,7 @@ def add_supervised_loss(network: PreTrainedModel) -> None:
     """Let `network(input_ids=…, attention_mask=…, labels=…, loss_items=n)` return the summed loss over n, a scalar.
 
     The loss is in nats, over positions whose next label is not IGNORED. It is computed inside the forward, so that
-    wrappers around the model (PEFT, Accelerate) keep working. TRL's own tiles score every position where Triton is absent.
+    wrappers around the model (PEFT, Accelerate) keep working. (TRL's own tiles score all positions on a CPU.)
     """
     original = network.forward
     softcap = getattr(network.config.get_text_config(), "final_logit_softcapping", None)

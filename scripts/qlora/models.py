@@ -7,8 +7,8 @@ from typing import Any
 
 import bitsandbytes
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.models.falcon import modeling_falcon
 
 from qlora.errors import UserError
 
@@ -16,7 +16,7 @@ log = logging.getLogger("qlora")
 
 
 def compute_dtype(wanted: str, device: str) -> torch.dtype:
-    """The dtype of the products; `auto` is bfloat16 on CUDA cards that have it, float16 on older ones, float32 on CPU."""
+    """The dtype of the products; `auto` is bfloat16 on CUDA cards that have it, float16 on others, float32 on CPU."""
     if wanted != "auto":
         return getattr(torch, wanted)
     if device == "cpu":
@@ -46,10 +46,10 @@ def load_quantized(folder: Path, quantization: Mapping[str, Any], device: str, a
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if not layers:
         raise UserError(
-            f"{folder}: not one layer of this model was quantised to 4 bits; its linear layers are of a class of their own"
+            f"{folder}: no layer was quantised to 4 bits; are its linear layers of a class of their own?"
         )
     for layer in layers:
-        # With this path a forward in eval mode repacks the weights, and gradients are wrong from then on (bitsandbytes 0.50.2).
+        # This path repacks weights in an eval-mode forward, and gradients are wrong from then on (bitsandbytes 0.50.2).
         layer.support_avx512bf16_for_cpu = False
     log.info(
         "%s: %d layers in 4 bits (%s), products in %s on %s", folder, len(layers), quantization["type"], dtype, device
@@ -59,7 +59,7 @@ def load_quantized(folder: Path, quantization: Mapping[str, Any], device: str, a
 
 def _use_plain_linear_in_falcon() -> None:
     """Transformers quantises layers whose type is exactly nn.Linear, and Falcon's is a subclass that adds nothing."""
-    transformers.models.falcon.modeling_falcon.FalconLinear = torch.nn.Linear
+    modeling_falcon.FalconLinear = torch.nn.Linear  # type: ignore[misc, assignment]
 
 
 def set_threads(threads: int, device: str) -> None:

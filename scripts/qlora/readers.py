@@ -14,6 +14,7 @@ from qlora.errors import UserError
 
 Row = dict[str, Any]
 BATCH_ROWS = 1024
+csv.field_size_limit(1 << 30)  # characters; the module's own limit of 131,072 is less than a long document
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
@@ -30,11 +31,23 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
             number += 1
             yield number, row
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, after row {number}: not UTF-8; convert it, e.g. with iconv") from error
-    except (csv.Error, pyarrow.ArrowInvalid) as error:
+        line = _line_outside_utf8(path)
+        raise UserError(f"{path}, line {line}: not UTF-8; convert the file, e.g. with iconv") from error
+    except (csv.Error, pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}, after row {number}: cannot be read ({str(error).splitlines()[0]})") from error
     if not number:
         raise UserError(f"{path}: has no rows")
+
+
+def _line_outside_utf8(path: Path) -> int:
+    """Number of the first line that is not UTF-8; decoding runs ahead of the rows, so they do not tell."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                break
+    return number
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:

@@ -62,7 +62,7 @@ def _fail(kind: type[BaseException], error: BaseException, trace: types.Tracebac
     else:
         line = f"{kind.__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         line += f" (all of it in {job.log[0]})" if job and job.log else ""
-    if not isinstance(error, UserError) or job:
+    if job or not isinstance(error, UserError | KeyboardInterrupt):
         traceback.print_exception(kind, error, trace)
     print(f"{what}: error: {line}", file=console, flush=True)
 

@@ -1,0 +1,122 @@
+"""Prediction: greedy answers, few-shot prompts and likelihoods, held to slow plain references."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FORM, QUANTIZATION, SETTINGS, make_base, make_rows, make_tokens, tokenizer
+
+from merge_adapter import merge_adapter
+from predict_rows import SLACK, Question, answer_nll, few_shot_examples, generate, predict_rows, questions
+from qlora.files import read_jsonl, write_jsonl
+from qlora.models import load_quantized
+from qlora.render import IGNORED, prompt_text
+from train_run import train_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+ASKED: dict[str, Any] = {"form": FORM, "quantization": QUANTIZATION, "attention": "sdpa", "device": "cpu", "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_rows(tmp_path_factory.mktemp("rows"))
+
+
+def asked_of(dataset: Path, shots: int = 0, max_new_tokens: int = 12, context: int = 256) -> list[Question]:
+    return list(questions(dataset, "base", tokenizer(), FORM, shots, max_new_tokens, context))
+
+
+def test_a_row_a_test_row_and_subject(base: Path, dataset: Path, tmp_path: Path) -> None:
+    predict_rows(base, [dataset], tmp_path / "out.jsonl", None, shots=2, max_new_tokens=8, batch_size=4, **ASKED)
+    rows = list(read_jsonl(tmp_path / "out.jsonl"))
+    wanted = [row["id"] for row in read_jsonl(dataset / "test.jsonl")]
+    assert [row["id"] for row in rows if row["subject"] == "base"] == wanted
+    assert [row["id"] for row in rows if row["subject"] == "few_shot"] == wanted
+    assert all((row["nll"] is None) == (row["subject"] == "few_shot") for row in rows)
+    assert all(row["nll"] > 0 and row["tokens"] > 1 for row in rows if row["subject"] == "base")
+
+
+def test_batched_and_single_answers_are_the_same(base: Path, dataset: Path) -> None:
+    network = load_quantized(base, QUANTIZATION, "cpu", "sdpa").eval()
+    asked = asked_of(dataset, shots=1)
+    assert len({len(question.prompt) for question in asked}) > 1
+    assert generate(network, asked, {2}, 0, 12) == generate(network, asked, {2}, 0, 1)
+
+
+def test_the_likelihood_is_that_of_the_whole_logits(base: Path, dataset: Path) -> None:
+    network = load_quantized(base, QUANTIZATION, "cpu", "sdpa").eval()
+    asked = asked_of(dataset)
+    for question, found in zip(asked, answer_nll(network, asked, 0), strict=True):
+        ids, labels = torch.tensor([question.tokens.input_ids]), question.tokens.labels
+        with torch.no_grad():
+            log_p = network(input_ids=ids).logits[0].log_softmax(-1)
+        plain = -sum(float(log_p[place - 1, label]) for place, label in enumerate(labels) if label != IGNORED)
+        assert found == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_prompt_is_what_training_saw_and_holds_no_answer(dataset: Path) -> None:
+    rows = list(read_jsonl(dataset / "test.jsonl"))
+    for question, row in zip(asked_of(dataset), rows, strict=True):
+        assert tokenizer().decode(question.prompt[1:]) == prompt_text(row["messages"], tokenizer(), FORM)
+        assert question.prompt == question.tokens.input_ids[: len(question.prompt)]
+        assert question.prompt.count(1) == 1
+
+
+def test_examples_have_different_answers_and_come_from_training(dataset: Path) -> None:
+    train = list(read_jsonl(dataset / "train.jsonl"))
+    examples = few_shot_examples(train, 3)
+    assert len({example[-1]["content"] for example in examples}) == 3
+    assert all(example in [row["messages"] for row in train] for example in examples)
+    assert few_shot_examples(list(reversed(train)), 3) == examples
+
+
+def test_examples_are_left_out_until_prompt_and_answer_fit(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    context = 60
+    asked = asked_of(dataset, shots=3, context=context)
+    assert all(len(question.prompt) + question.limit <= context for question in asked)
+    assert "examples left out of few-shot prompts" in caplog.text
+
+
+def test_the_longest_training_answer_bounds_what_is_generated(dataset: Path, tmp_path: Path) -> None:
+    longest = max(len(tokenizer()(row["messages"][-1]["content"])["input_ids"]) - 1 for row in read_jsonl(dataset / "train.jsonl"))
+    assert {question.limit for question in asked_of(dataset, max_new_tokens=500)} == {longest + SLACK}
+    assert {question.limit for question in asked_of(dataset, max_new_tokens=5)} == {5}
+
+
+def test_a_model_that_is_taught_facts_answers_and_stops_and_so_does_its_merge(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    dataset = make_rows(tmp_path)
+    tokens = make_tokens(tmp_path, base, dataset)
+    run = {"name": "facts", "model": "base", "mixture": "m", "recipe": "r", "seed": 0}
+    lora = {**SETTINGS["lora"], "r": 16, "alpha": 32}
+    settings = {**SETTINGS, "lora": lora, "batch_size": 20, "max_steps": 150, "learning_rate": 1e-2, "eval_steps": None}
+    adapter = tmp_path / "adapter"
+    train_run(
+        *(base, tokens, adapter, tmp_path / "run.json", tmp_path / "log.csv", {**run, "settings": {**settings, "save_steps": 500}}),
+        **{"attention": "sdpa", "device": "cpu", "threads": 1, "code": "0"},
+        **{"checkpoints": str(tmp_path / "checkpoints"), "tensorboard": str(tmp_path / "tb")},
+    )
+    write_jsonl(dataset / "test.jsonl", list(read_jsonl(dataset / "train.jsonl")))
+    out = tmp_path / "out.jsonl"
+    predict_rows(base, [dataset], out, adapter, shots=0, max_new_tokens=16, batch_size=8, **ASKED)
+    rows = list(read_jsonl(out))
+    references = [row["messages"][-1]["content"] for row in read_jsonl(dataset / "train.jsonl")]
+    assert all(row["stopped"] for row in rows)
+    assert [row["generated"].strip() for row in rows] == references
+
+    merge_adapter(base, adapter, tmp_path / "merged", QUANTIZATION, "sdpa", "cpu")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16
+    words = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    for row, reference in zip(rows[:5], references, strict=False):
+        ids = words(row["prompt"], return_tensors="pt")["input_ids"]
+        written = merged.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+        assert words.decode(written, skip_special_tokens=True).strip() == reference

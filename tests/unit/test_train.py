@@ -1,0 +1,195 @@
+"""Training: what is learned, in which precision, and that an interruption or an evaluation changes nothing."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from tiny_models import QUANTIZATION, SETTINGS, make_base, make_rows, make_tokens
+from transformers import TrainerCallback
+from transformers.models.falcon import modeling_falcon
+
+import train_run as stage
+from qlora.errors import UserError
+from qlora.files import read_json
+from qlora.loss import TILE, add_supervised_loss
+from qlora.models import load_quantized
+from qlora.render import IGNORED
+
+torch.set_num_threads(1)
+
+
+class Case:
+    """A base, its tokens, and a training that writes into a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.base = make_base(root / "base")
+        self.tokens = make_tokens(root, self.base, make_rows(root))
+
+    def train(self, name: str, seed: int = 1, checkpoints: str = "checkpoints", **settings: Any) -> Path:
+        """Train, and return the run's folder."""
+        run = {"name": name, "model": "base", "mixture": "mixture", "recipe": "test", "seed": seed}
+        folder = self.root / name
+        stage.train_run(
+            model=self.base,
+            tokens=self.tokens,
+            adapter=folder / "adapter",
+            record=folder / "run.json",
+            training_log=folder / "training_log.csv",
+            run={**run, "settings": {**SETTINGS, **settings}},
+            attention="sdpa",
+            device="cpu",
+            threads=1,
+            code="0",
+            checkpoints=str(self.root / checkpoints),
+            tensorboard=str(folder / "tensorboard"),
+        )
+        return folder
+
+    def trainer(self, **settings: Any) -> stage.Trainer:
+        """A trainer that has not run."""
+        return stage.make_trainer(
+            *(self.base, self.tokens, {**SETTINGS, **settings}, 1, "sdpa", "cpu", self.root / "unused", str(self.root / "tb"))
+        )
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("train"))
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter/adapter_model.safetensors").read_bytes() + (folder / "adapter/adapter_config.json").read_bytes()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(case: Case) -> None:
+    first, again, other = case.train("first"), case.train("again"), case.train("other", seed=2)
+    assert adapter_bytes(first) == adapter_bytes(again)
+    assert adapter_bytes(first) != adapter_bytes(other)
+    assert (first / "training_log.csv").read_bytes() == (again / "training_log.csv").read_bytes()
+
+
+def test_a_run_leaves_a_record_and_a_log(case: Case) -> None:
+    folder = case.train("recorded")
+    record = read_json(folder / "run.json")
+    assert record["steps"] == SETTINGS["max_steps"]
+    assert 0 < record["supervised tokens"] < record["tokens"]
+    assert record["peak memory in bytes"]["resident"] > 2**20
+    assert set(record["pins"]["tokens"]) == {"train.arrow", "validation.arrow"}
+    with (folder / "training_log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["loss"]] == ["2", "4", "6"]
+    assert [row["step"] for row in rows if row["eval_loss"]] == ["3", "6"]
+    assert list((folder / "tensorboard").glob("events.*"))
+
+
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_adapter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = case.train("whole", checkpoints="elsewhere")
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    made = stage.make_trainer
+
+    def interrupted(*arguments: Any) -> stage.Trainer:
+        trainer = made(*arguments)
+        trainer.add_callback(Interrupt())
+        return trainer
+
+    monkeypatch.setattr(stage, "make_trainer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        case.train("resumed")
+    assert not (case.root / "resumed/adapter").exists()
+    monkeypatch.setattr(stage, "make_trainer", made)
+    resumed = case.train("resumed")
+    record = read_json(resumed / "run.json")
+    assert record["resumed from"] == "checkpoint-4"
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
+    assert (resumed / "training_log.csv").read_bytes() == (whole / "training_log.csv").read_bytes()
+    assert record["tokens"] == read_json(whole / "run.json")["tokens"]
+
+
+def test_adapters_are_fp32_and_move_at_a_small_learning_rate_while_the_base_stays(case: Case) -> None:
+    trainer = case.trainer(learning_rate=1e-5, max_steps=3)
+    layers = [module for module in trainer.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    base = [layer.weight.detach().clone() for layer in layers]
+    before = [parameter.detach().clone() for parameter in trainer.trainable()]
+    assert len(layers) == 2 * 7
+    assert {parameter.dtype for parameter in before} == {torch.float32}
+    trainer.train()
+    moved = sum(int((new != old).sum()) for new, old in zip(trainer.trainable(), before, strict=True))
+    assert moved > 0.99 * sum(parameter.numel() for parameter in before)
+    assert all(torch.equal(layer.weight, old) for layer, old in zip(layers, base, strict=True))
+
+
+def first_rows(trainer: stage.Trainer) -> dict[str, torch.Tensor]:
+    """The first four training rows as a batch."""
+    rows = [trainer.train_dataset[place] for place in range(4)]
+    return dict(trainer.data_collator([{key: row[key] for key in ("input_ids", "labels")} for row in rows]))
+
+
+def gradients(trainer: stage.Trainer) -> list[torch.Tensor]:
+    """Gradients of the first rows, in training mode."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, first_rows(trainer)).backward()
+    return [parameter.grad.clone() for parameter in trainer.trainable() if parameter.grad is not None]
+
+
+def test_an_evaluation_before_training_does_not_change_gradients(case: Case) -> None:
+    plain, evaluated = case.trainer(), case.trainer()
+    evaluated.evaluate()
+    for one, other in zip(gradients(plain), gradients(evaluated), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_learned_positions(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = case.trainer()
+    batch = first_rows(trainer)
+    labels = batch["labels"].clone()
+    labels[0] = IGNORED  # a row with nothing to learn
+    batch["labels"] = labels
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    wanted = torch.autograd.grad(expected, trainer.trainable())
+    for tile in (TILE, 3):
+        monkeypatch.setattr("qlora.loss.TILE", tile)
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        torch.testing.assert_close(loss, expected)
+        for one, other in zip(torch.autograd.grad(loss, trainer.trainable()), wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_batch_with_nothing_to_learn_has_a_zero_loss_with_a_gradient(case: Case) -> None:
+    trainer = case.trainer()
+    batch = first_rows(trainer)
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    assert float(loss) == 0.0
+
+
+def test_falcon_is_quantised_too(tmp_path: Path) -> None:
+    network = load_quantized(make_base(tmp_path, "falcon"), QUANTIZATION, "cpu", "sdpa")
+    assert sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in network.modules()) == 2 * 4
+
+
+def test_a_model_of_which_nothing_is_quantised_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path, "falcon")
+    monkeypatch.setattr("qlora.models._use_plain_linear_in_falcon", lambda: None)
+    monkeypatch.setattr(modeling_falcon, "FalconLinear", type("FalconLinear", (torch.nn.Linear,), {}))
+    with pytest.raises(UserError, match="no layer was quantised"):
+        load_quantized(base, QUANTIZATION, "cpu", "sdpa")
+
+
+def test_a_forward_without_loss_items_is_the_models_own(case: Case) -> None:
+    network = load_quantized(case.base, QUANTIZATION, "cpu", "sdpa").eval()
+    ids = torch.arange(3, 20)[None]
+    expected = network(input_ids=ids).logits
+    add_supervised_loss(network)
+    assert torch.equal(network(input_ids=ids).logits, expected)

@@ -1,0 +1,31 @@
+"""Workspaces for the tests of the workflow."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from workspaces import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """A workspace in which nothing was run."""
+    return Workspace(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace in which the reduced workflow ran to its end; tests only look at it, or work on a copy."""
+    made = Workspace(tmp_path_factory.mktemp("finished"))
+    made.snakemake("--cores", "2")
+    return made
+
+
+@pytest.fixture
+def finished_copy(finished: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the finished workspace, times of files kept, that a test may change."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished.folder, folder, symlinks=True)
+    copy = Workspace.__new__(Workspace)
+    copy.folder = folder
+    return copy
