@@ -33,3 +33,5 @@ rule all:
         f"{RESULTS}/report/index.html",
         f"{RESULTS}/metrics.csv",
         collect(f"{RESULTS}/runs/{{run}}/adapter", run=RUNS),
+    message:
+        f"all done: {RESULTS}/report/index.html"

@@ -4,14 +4,14 @@
 rule build:
     output:
         model=directory("results/sources/models/{model}"),
+    wildcard_constraints:
+        model="|".join(BUILT) or "^$",
     params:
         code=code_of("build_model.py"),
         build=lookup(dpath="models/{model}/source/build", within=config),
         threads=CPU_THREADS,
     log:
         "results/logs/build/{model}.log",
-    wildcard_constraints:
-        model="|".join(BUILT) or "^$",
     threads: CPU_THREADS
     resources:
         mem_mb=2000,

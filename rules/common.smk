@@ -16,11 +16,7 @@ from qlora.files import files_below
 def used(kind):
     """Names of the models, mixtures or datasets that the runs and suites need, in the order of the config."""
     if kind == "datasets":
-        trained = [
-            name
-            for mixture in used("mixtures")
-            for name in config["mixtures"][mixture]["datasets"]
-        ]
+        trained = [name for mixture in used("mixtures") for name in config["mixtures"][mixture]["datasets"]]
         tested = [name for suite in config["suites"].values() for name in suite["datasets"]]
         return list(dict.fromkeys(trained + tested))
     return list(dict.fromkeys(run[kind.removesuffix("s")] for run in config["runs"]))

@@ -23,11 +23,11 @@ from transformers import (
 
 from qlora import corpus
 from qlora.errors import UserError
-from qlora.files import replacing
+from qlora.files import replacing, write_source_record
 from qlora.models import set_threads
 from qlora.pretraining import aim_attention, pretrain, train_tokenizer, windows
 
-VOCABULARY = 768  # tokens
+VOCABULARY = 1024  # tokens
 TOKENIZER_DOCUMENTS = 8000
 BATCH_TOKENS = 1024  # a step
 ECHO_LENGTH, LENGTH = 64, 128  # tokens of a window, while only copying is taught and after
@@ -35,7 +35,6 @@ ECHO_SHARE = 0.3  # of the steps
 PASSES = 2  # over the generated text
 LEARNING_RATE, MATRIX_LEARNING_RATE = 3e-3, 1.5e-2
 ROPE_THETA = 100.0  # base of the rotary angles: rows of the examples are under 200 tokens
-GATE = 0.6  # share of an unseen text's tokens that must be copied right
 # What tells the families apart. Mistral without grouped key-value heads would be Llama, number for number.
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"num_key_value_heads": 4}),
@@ -47,8 +46,8 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 def build_model(model: Path, build: Mapping[str, Any], threads: int) -> None:
     """Make a tokenizer and a model and pre-train it; writes the folder `model`, laid out like one from the hub.
 
-    `build` holds architecture (llama, mistral or gemma), seed and steps (optimiser steps of 1,024 tokens). The bytes
-    are the same for the same values on the same processor. Raises UserError where the model did not learn to copy.
+    `build` holds architecture (llama, mistral or gemma), seed, steps (optimiser steps of 1,024 tokens) and copies (the
+    share of an unseen text's tokens that it must copy right, or the build fails). The bytes are the same for the same values on the same processor. Raises UserError where the model did not learn to copy.
     """
     set_threads(threads, "cpu")
     seed, steps = build["seed"], build["steps"]
@@ -69,14 +68,15 @@ def build_model(model: Path, build: Mapping[str, Any], threads: int) -> None:
     pretrain(network, batches, steps, LEARNING_RATE, MATRIX_LEARNING_RATE, report)
     copied = copying_accuracy(network, tokenizer, Random(f"{seed} gate"))
     log.info("copies %.0f%% of an unseen text after %.0f s", 100 * copied, time.monotonic() - started)
-    if copied < GATE:
+    if copied < build["copies"]:
         raise UserError(
-            f"{model.name}: pre-training failed: it copies {copied:.0%} of an unseen text, and {GATE:.0%} are needed; "
+            f"{model.name}: pre-training failed: it copies {copied:.0%} of an unseen text, {build['copies']:.0%} are needed; "
             f"raise 'steps' (now {steps}) or change 'seed' (now {seed}) of its 'build'"
         )
     with replacing(model) as folder:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_source_record(folder, {"build": dict(build)})
 
 
 def new_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from qlora.errors import UserError
-from qlora.files import files_below, replacing, sha256_of, sha256_of_file, write_json
+from qlora.files import files_below, replacing, sha256_of, write_source_record
 
 MODEL_FILES = [
     "*.safetensors",
@@ -47,15 +47,6 @@ def download_source(folder: Path, kind: str, name: str, source: Mapping[str, str
         else:
             _from_path(scratch, kind, name, source)
         write_source_record(scratch, source)
-
-
-def write_source_record(folder: Path, source: Mapping[str, object]) -> None:
-    """Write source.json into a folder: where its files came from, and each one's SHA-256 and size in bytes."""
-    files = {
-        file.relative_to(folder).as_posix(): {"sha256": sha256_of_file(file), "size": file.stat().st_size}
-        for file in files_below(folder)
-    }
-    write_json(folder / "source.json", {"source": dict(source), "files": files})
 
 
 def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) -> None:

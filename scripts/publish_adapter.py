@@ -38,9 +38,7 @@ def publish_adapter(
             )
         except (HTTPError, ConnectionError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise UserError(
-                f"publish: {repository}: {reason}; is HF_TOKEN set, and may it write there?"
-            ) from error
+            raise UserError(f"publish: {repository}: {reason}; is HF_TOKEN set, and may it write there?") from error
     write_json(receipt, {"repository": repository, "commit": commit.oid})
     log.info("published as %s at %s", repository, commit.oid)
 

@@ -7,14 +7,14 @@ from words import code, number, word
 SLICES = ("unseen_values", "unseen_wordings", "two_topics")
 # What a message can ask for, as infinitives; {p} product, {o} order, {d} day.
 ACTIONS = {
-    "refund": ["refund order {o}", "give me my money back", "return the {d} euros that I paid", "refund the {p}"],
-    "delivery": ["track parcel {o}", "tell me when the {p} arrives", "find my parcel", "deliver the {p} on day {d}"],
-    "password": ["reset my password", "unlock login {o}", "help me log in", "send a new password to {n}"],
-    "invoice": ["send me the invoice", "correct bill {o}", "print the invoice for the {p}", "bill {n} and not me"],
-    "cancel": ["cancel order {o}", "end my contract", "stop the order of the {p}", "cancel everything after day {d}"],
-    "address": ["change my address", "use the street of {n}", "update the address to {n} {d}", "correct my street"],
-    "repair": ["repair the {p}", "fix my broken {p}", "mend part {o} of the {p}", "repair what {n} broke"],
-    "upgrade": ["upgrade my plan", "move me to plan {o}", "give {n} the bigger plan", "upgrade the {p}"],
+    "refund": ["refund order {o}", "give me my money back", "return my {d} euros", "refund the {p}"],
+    "delivery": ["track parcel {o}", "deliver the {p}", "find my parcel", "deliver to {n}"],
+    "password": ["reset my password", "unlock login {o}", "fix the login of {n}", "send a new password"],
+    "invoice": ["send me the invoice", "correct bill {o}", "print the invoice of the {p}", "send {n} the bill"],
+    "cancel": ["cancel order {o}", "stop my contract", "cancel the {p}", "stop the order of {n}"],
+    "address": ["change my address", "use the street of {n}", "correct my street", "change address {d}"],
+    "repair": ["repair the {p}", "mend my broken {p}", "mend part {o}", "repair the {p} of {n}"],
+    "upgrade": ["upgrade my plan", "give {n} a bigger plan", "upgrade contract {o}", "move me to plan {d}"],
 }
 LABELS = tuple(sorted(ACTIONS))
 OPENINGS = {

@@ -4,9 +4,9 @@ from random import Random
 from zlib import crc32
 
 SPLITS = ("train", "validation", "test")
-_ONSETS = "b br d f g gr h k l m n p pr r s st t tr v w z".split()
+_ONSETS = "b d f g gr h k l m n p r s st t tr v w z".split()
 _VOWELS = "a e i o u".split()
-_CODAS = ["", "", "", "", "", "l", "m", "n", "r", "s", "k", "x"]
+_CODAS = ["", "", "", "", "", "", "l", "m", "n", "r", "s", "k"]
 
 
 def split_of(value: str) -> str:
@@ -15,7 +15,7 @@ def split_of(value: str) -> str:
 
 
 def word(random: Random, split: str) -> str:
-    """A capitalised, pronounceable word of two or three syllables, out of some millions."""
+    """A capitalised, pronounceable word of two or three syllables, out of half a million and more."""
     while True:
         syllables = random.choice((2, 2, 2, 2, 3))
         letters = "".join(

@@ -21,6 +21,7 @@ class Message(TypedDict):
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "prompter": "user"}  # other names of the roles
 TEMPLATES = (("system", "system"), ("user", "prompt"), ("assistant", "completion"))  # role, key of the config
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs, which UTF-8 cannot write
+END_MARKS = re.compile(r"""[?!.,;:'"]+(?=\s|$)""")
 LLAMA2_TURN = re.compile(r"\[INST\](?P<user>.*?)\[/INST\](?P<assistant>.*?)(?=\[INST\]|\Z)", re.DOTALL)
 LLAMA2_SYSTEM = re.compile(r"<<SYS>>(?P<system>.*?)<</SYS>>", re.DOTALL)
 
@@ -102,8 +103,9 @@ def from_llama2_text(text: str, place: str) -> list[Message]:
 
 
 def normalised(text: str) -> str:
-    """Text without what does not make it another example: case, white space and Unicode's compatible forms."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """Text without what makes no other example of it: case, white space, marks that end a word, compatible forms."""
+    folded = unicodedata.normalize("NFKC", text).casefold()  # which may undo the normal form
+    return " ".join(END_MARKS.sub("", unicodedata.normalize("NFKC", folded)).split())
 
 
 def prompt_hash(messages: list[Message]) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,3 +88,12 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+def write_source_record(folder: Path, source: Mapping[str, object]) -> None:
+    """Write source.json into a folder: where its files came from, and each one's SHA-256 and size in bytes."""
+    files = {
+        file.relative_to(folder).as_posix(): {"sha256": sha256_of_file(file), "size": file.stat().st_size}
+        for file in files_below(folder)
+    }
+    write_json(folder / "source.json", {"source": dict(source), "files": files})

@@ -55,7 +55,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.rstrip())
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
                 yield _as_object(row, path, number)

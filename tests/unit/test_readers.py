@@ -75,7 +75,7 @@ def test_unknown_kind_names_the_known_ones(tmp_path):
 
 
 TEXTS = {
-    "broken line": (".jsonl", b'{"a": 1}\n\n{"a": 2\n', ", line 3: not JSON (Expecting ',' delimiter at column 9)"),
+    "broken line": (".jsonl", b'{"a": 1}\n\n{"a": 2\n', ", line 3: not JSON (Expecting ',' delimiter at column 8)"),
     "line that is no object": (".jsonl", b'{"a": 1}\n[1]\n', ", row 2: must be an object with columns, is list"),
     "raw control character": (".jsonl", b'{"a": "\x00"}\n', ", line 1: not JSON (Invalid control character at at column 8)"),
     "broken JSON": (".json", b'[{"a": 1},\n {"a" 2}]', ", line 2: not JSON (Expecting ':' delimiter)"),

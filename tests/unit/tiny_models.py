@@ -8,9 +8,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from concatenate_mixture import concatenate_mixture
-from download_source import write_source_record
 from format_dataset import format_dataset
-from qlora.files import write_jsonl
+from qlora.files import write_jsonl, write_source_record
 from tokenize_mixture import tokenize_mixture
 
 FORM = {"system": "{content}\n", "user": "{content}\nAnswer:", "assistant": " {content}", "between": "\n\n"}

@@ -11,8 +11,8 @@ COPIED = ("Snakefile", "rules", "scripts", "config", "envs", "profiles", "report
 # Small enough to end in a minute; every stage, rule and script is the default's own.
 REDUCED = """
 models:
-  tiny-llama: {source: {build: {steps: 30}}}
-  tiny-mistral: {source: {build: {steps: 30}}}
+  tiny-llama: {source: {build: {steps: 30, copies: 0}}}
+  tiny-mistral: {source: {build: {steps: 30, copies: 0}}}
 datasets:
   sql: {limit: {train: 120, validation: 12, test: 12}}
   label: {limit: {train: 120, validation: 12, test: 12}}

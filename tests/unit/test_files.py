@@ -1,0 +1,167 @@
+"""Outputs appear whole or not at all; hashes of files and folders are what other tools would say."""
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qlora.errors import UserError
+from qlora.files import (
+    files_below,
+    read_json,
+    read_jsonl,
+    replacing,
+    sha256_of,
+    sha256_of_file,
+    write_json,
+    write_jsonl,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_replaces_an_older_one(tmp_path):
+    path = tmp_path / "deep" / "out.txt"
+    for text in ("first", "second"):
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+            assert temporary.parent.parent == path.parent, "another file system could make the rename a copy"
+        assert path.read_text() == text
+    assert names(path.parent) == ["out.txt"]
+
+
+def test_folder_replaces_an_older_one_whole(tmp_path):
+    path = tmp_path / "out"
+    for name in ("first", "second"):
+        with replacing(path) as folder:
+            folder.mkdir()
+            (folder / name).touch()
+    assert names(path) == ["second"]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [UserError("bad row"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_error_leaves_the_old_output_and_no_litter(tmp_path, error):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    with pytest.raises(type(error)), replacing(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise error
+    with pytest.raises(type(error)), replacing(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "half").touch()
+        raise error
+    assert names(tmp_path) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "old"
+    assert names(tmp_path / "folder") == ["old"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_link_is_replaced_and_what_it_points_to_stays(tmp_path, kind):
+    (tmp_path / "cached").mkdir()
+    (tmp_path / "cached" / "old").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "cached")
+    with replacing(tmp_path / "out") as temporary:
+        temporary.touch() if kind == "file" else temporary.mkdir()
+    assert not (tmp_path / "out").is_symlink()
+    assert names(tmp_path / "cached") == ["old"]
+
+
+def test_output_has_the_usual_permissions(tmp_path):
+    with replacing(tmp_path / "out") as folder:
+        folder.mkdir()
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_hash_of_a_file_is_sha256_of_its_bytes(tmp_path):
+    path = tmp_path / "big"
+    path.write_bytes(os.urandom(1 << 20) + b"and a bit")
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sha256_of_file(path) == sha256_of(path) == expected
+
+
+def make_folder(folder: Path, order: list[str]) -> Path:
+    for name in order:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"content of {name}")
+    return folder
+
+
+NAMES = ["b.txt", "a/z.txt", "a.txt", "a/é 数.txt", "a-b/c.txt", "Z.txt"]
+
+
+def test_hash_of_a_folder_does_not_depend_on_the_order_of_its_listing(tmp_path):
+    one = make_folder(tmp_path / "one", NAMES)
+    two = make_folder(tmp_path / "two", NAMES[::-1])
+    assert sha256_of(one) == sha256_of(two)
+    two_renamed = two / "b.txt"
+    two_renamed.rename(two / "c.txt")
+    assert sha256_of(one) != sha256_of(two)
+
+
+def test_hash_of_a_folder_is_what_sha256sum_says_of_its_list(tmp_path):
+    folder = make_folder(tmp_path / "one", NAMES)
+    lines = [
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in sorted(NAMES)  # by code points of the relative path
+    ]
+    assert sha256_of(folder) == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="sha256sum is not installed")
+def test_hash_of_a_folder_by_hand(tmp_path):
+    folder = make_folder(tmp_path / "one", NAMES)
+    command = "find . -type f -printf '%P\\0' | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum"
+    output = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert sha256_of(folder) == output.split()[0]
+
+
+def test_dot_files_and_folders_are_no_part_of_a_source(tmp_path):
+    folder = make_folder(tmp_path / ".hidden" / "one", NAMES)
+    before = sha256_of(folder)
+    make_folder(folder, [".DS_Store", ".git/HEAD", "a/.cache/x"])
+    assert sha256_of(folder) == before
+    assert [path.relative_to(folder).as_posix() for path in files_below(folder)] == sorted(NAMES)
+    assert files_below(folder / "b.txt") == [folder / "b.txt"]
+
+
+def test_json_is_written_sorted_readable_and_read_back(tmp_path):
+    value = {"b": [1, None, 0.1], "a": {"ß": "é\n"}}
+    write_json(tmp_path / "x.json", value)
+    assert (tmp_path / "x.json").read_text(encoding="utf-8").startswith('{\n  "a": {\n    "ß": "é\\n"\n  },')
+    assert read_json(tmp_path / "x.json") == value
+
+
+def test_jsonl_is_written_a_row_a_line_and_read_back(tmp_path):
+    rows = [{"text": "one\ntwo\u2028three", "n": 1}, {"text": "é", "n": 2}]
+    assert write_jsonl(tmp_path / "x.jsonl", iter(rows)) == 2
+    assert list(read_jsonl(tmp_path / "x.jsonl")) == rows
+
+
+def test_rows_that_fail_half_way_leave_the_old_file(tmp_path):
+    def failing():
+        yield {"n": 1}
+        raise UserError("row 2 is bad")
+
+    write_jsonl(tmp_path / "x.jsonl", [{"n": 0}])
+    with pytest.raises(UserError):
+        write_jsonl(tmp_path / "x.jsonl", failing())
+    assert list(read_jsonl(tmp_path / "x.jsonl")) == [{"n": 0}]
+    assert names(tmp_path) == ["x.jsonl"]
+
+
+def test_broken_line_of_our_own_file_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"n": 1}\n{"n":')
+    with pytest.raises(UserError) as caught:
+        list(read_jsonl(path))
+    assert str(caught.value) == f"{path}, line 2: not JSON (Expecting value); delete the file to make it anew"
