@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
   $$python -c "" >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lock clean venv
+.PHONY: help demo test lint docs lock clean venv
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,10 @@ lint: venv ## check the style and types of Python and Snakemake files
 	@$(BIN)/snakefmt --check Snakefile rules
 	@$(BIN)/snakemake --lint
 	@$(BIN)/mypy
+
+docs: venv ## write docs/config.md from the schema, and the results table of README.md from the metrics
+	@$(BIN)/python tools/config_docs.py
+	@$(BIN)/python tools/readme_results.py
 
 lock: ## resolve pyproject.toml into the locks and the conda environments (UPGRADE=1: to newest versions)
 	@$(PYTHON) tools/lock.py $(if $(UPGRADE),--upgrade)

@@ -78,10 +78,12 @@ rule collect:
     input:
         tables=[f"{path}.csv" for path in EVALUATED],
         scores=[f"{path}.scores.jsonl" for path in EVALUATED],
+        training_logs=collect(f"{RESULTS}/runs/{{run}}/training_log.csv", run=RUNS),
     output:
         metrics=f"{RESULTS}/metrics.csv",
         nested=f"{RESULTS}/metrics.json",
         comparison=f"{RESULTS}/comparison.csv",
+        training_log=f"{RESULTS}/training_log.csv",
     params:
         code=code_of("collect_metrics.py"),
         bootstraps=BOOTSTRAPS,

@@ -27,13 +27,13 @@ from qlora.files import replacing, write_source_record
 from qlora.models import set_threads
 from qlora.pretraining import aim_attention, pretrain, train_tokenizer, windows
 
-VOCABULARY = 1024  # tokens
+VOCABULARY = 896  # tokens
 TOKENIZER_DOCUMENTS = 8000
 BATCH_TOKENS = 1024  # a step
 ECHO_LENGTH, LENGTH = 64, 128  # tokens of a window, while only copying is taught and after
-ECHO_SHARE = 0.3  # of the steps
+ECHO_SHARE = 0.35  # of the steps
 PASSES = 2  # over the generated text
-LEARNING_RATE, MATRIX_LEARNING_RATE = 3e-3, 1.5e-2
+LEARNING_RATE, MATRIX_LEARNING_RATE = 1e-2, 1.5e-2
 ROPE_THETA = 100.0  # base of the rotary angles: rows of the examples are under 200 tokens
 # What tells the families apart. Mistral without grouped key-value heads would be Llama, number for number.
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {

@@ -32,12 +32,15 @@ def collect_metrics(
     metrics: Path,
     nested: Path,
     comparison: Path,
+    training_logs: list[Path],
+    training_log: Path,
     bootstraps: dict[str, dict[str, Any]],
 ) -> None:
     """Write one table of all metrics, the same nested for `dvc metrics`, and the differences tuned − baseline.
 
     tables, scores: what evaluate_predictions wrote for each base model and run, in the same order.
     metrics, nested, comparison: results/metrics.csv, results/metrics.json and results/comparison.csv to write.
+    training_logs, training_log: runs/{run}/training_log.csv of each run, and the same in one table for `dvc plots`.
     bootstraps: samples, seed and level of the intervals by suite.
     Raises UserError where a run has no base on the same suite to be compared with.
     """
@@ -51,6 +54,8 @@ def collect_metrics(
     write_table(metrics, METRIC_COLUMNS, records)
     write_json(nested, nested_values(records))
     write_table(comparison, COMPARISON_COLUMNS, differences)
+    logged = [{"run": path.parent.name, **row} for path in training_logs for row in read_table(path)]
+    write_table(training_log, logged[0], logged)
 
 
 def in_order(records: Sequence[Record]) -> list[Record]:

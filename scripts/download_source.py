@@ -3,7 +3,7 @@
 from qlora.stage import log, run_stage
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 
 from qlora.errors import UserError
 from qlora.files import files_below, replacing, sha256_of, write_source_record
@@ -38,7 +39,8 @@ def download_source(folder: Path, kind: str, name: str, source: Mapping[str, str
     """
     if "hub" in source and "revision" not in source:
         raise UserError(
-            f"config: {kind}.{name}.source: not pinned; add 'revision:' with the commit, 40 hex digits, that is to be used"
+            f"config: {kind}.{name}.source: not pinned;"
+            " add 'revision:' with the commit, 40 hex digits, that is to be used"
         )
     with replacing(folder) as scratch:
         scratch.mkdir()
@@ -57,10 +59,7 @@ def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) ->
             f"{kind}.{name}: the SHA-256 of {path} is {found}, pinned is {pinned};"
             " bring the pinned data back, or pin the new value if the change is meant"
         )
-    for file in files_below(path):
-        target = folder / (file.relative_to(path) if path.is_dir() else file.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+    _copy(files_below(path), path if path.is_dir() else path.parent, folder)
 
 
 def _from_hub(folder: Path, kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> None:
@@ -86,12 +85,27 @@ def _from_hub(folder: Path, kind: str, name: str, source: Mapping[str, str], pat
             f"{kind}.{name}: {repository} is not on the hub, or private; mend the name, or set HF_TOKEN"
         ) from error
     except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{kind}.{name}: {repository} cannot be fetched ({type(error).__name__}); is there a network? Start again to go on"
+            f"{kind}.{name}: {repository} cannot be fetched ({reason});"
+            " is there a network, and is HF_TOKEN good? Start again to go on"
         ) from error
-    if not files_below(Path(snapshot)):
-        raise UserError(f"{kind}.{name}: {repository} at {revision} has no file like {', '.join(wanted)}; mend 'files'")
-    shutil.copytree(snapshot, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    cached = {file.relative_to(snapshot).as_posix(): file for file in files_below(Path(snapshot))}
+    files = [cached[path] for path in filter_repo_objects(cached, allow_patterns=wanted, ignore_patterns=NEVER)]
+    if not files:
+        raise UserError(
+            f"{kind}.{name}: {repository} at {revision} has no file like {', '.join(wanted)};"
+            " mend the source or 'files'"
+        )
+    _copy(files, Path(snapshot), folder)  # not all of the cache, which may hold what something else fetched
+
+
+def _copy(files: Iterable[Path], source: Path, folder: Path) -> None:
+    """Copy files below `source` into `folder`, each to the same place."""
+    for file in files:
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 if __name__ == "__main__":

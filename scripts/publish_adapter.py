@@ -50,7 +50,8 @@ def card(run: dict[str, Any], metrics: Path, base: str) -> str:
     lines = [
         f"---\nbase_model: {base}\nlibrary_name: peft\n---",
         f"# {run['name']}\n",
-        f"A QLoRA adapter for `{base}`: mixture {run['mixture']}, recipe {run['recipe']}, seed {run['seed']}, {run['steps']} steps.\n",
+        f"A QLoRA adapter for `{base}`: mixture {run['mixture']}, recipe {run['recipe']},"
+        f" seed {run['seed']}, {run['steps']} steps.\n",
         "| test set | slice | metric | value | 95% interval | n |\n|---|---|---|---|---|---|",
         *(
             f"| {row['dataset']} | {row['slice']} | {row['metric']} | {float(row['value']):.3f}"

@@ -30,7 +30,7 @@ Counts = Counter[str]
 def tokenize_mixture(
     mixture: Path, model: Path, tokens: Path, form: Format | None, max_length: int, overlong: str
 ) -> None:
-    """Write `tokens`/{train,validation}.arrow (input_ids, labels, length, dataset) and card.json, which counts every row.
+    """Write `tokens`/{train,validation}.arrow (input_ids, labels, length, dataset) and card.json, with the counts.
 
     Labels come from where the answer begins in the rendered text. A row over `max_length` tokens is dropped, or its
     prompt is cut on the left, or its completion at the end, as `overlong` says.
@@ -51,7 +51,8 @@ def tokenize_mixture(
             card[split] = dict(sorted(counts.items()))
         if not card["train"]["kept"]:
             raise UserError(
-                f"{mixture / 'train.jsonl'}: no row fits into max_length {max_length}; raise it, or set 'overlong' to cut"
+                f"{mixture / 'train.jsonl'}: no row fits into max_length {max_length};"
+                " raise it, or set 'overlong' to cut"
             )
         write_json(folder / "card.json", card)
 
@@ -59,7 +60,8 @@ def tokenize_mixture(
 def _tokenized_rows(
     path: Path, tokenizer: Any, form: Format | None, max_length: int, overlong: str, counts: Counts
 ) -> Iterator[dict[str, Any]]:
-    total = sum(1 for _ in path.open(encoding="utf-8"))
+    with path.open("rb") as file:
+        total = sum(1 for _ in file)
     progress = Progress(total, f"tokenize {path}", "rows")
     for number, row in enumerate(read_jsonl(path), start=1):
         counts["read"] += 1
@@ -71,7 +73,8 @@ def _tokenized_rows(
         if fitted is not None:
             if not fitted.supervised:
                 raise UserError(
-                    f"{path}, line {number} ({row['id']}): nothing in it is learned; look at its answer and at max_length"
+                    f"{path}, line {number} ({row['id']}): nothing in it is learned;"
+                    " look at its answer and at max_length"
                 )
             counts.update({"kept": 1, "tokens": len(fitted.input_ids), "supervised tokens": fitted.supervised})
             length = len(fitted.input_ids)
@@ -81,7 +84,7 @@ def _tokenized_rows(
 
 
 def fit(tokens: Tokens, max_length: int, overlong: str) -> Tokens | None:
-    """The row within `max_length` tokens by the declared policy; None where it is to be dropped, or nothing is left to learn."""
+    """The row within `max_length` tokens by the declared policy; None to drop it, or where nothing is left to learn."""
     excess = len(tokens.input_ids) - max_length
     if excess <= 0:
         return tokens

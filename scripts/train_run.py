@@ -237,7 +237,7 @@ def training_arguments(settings: Mapping[str, Any], seed: int, device: str, fold
         save_total_limit=2,
         restore_callback_states_from_checkpoint=True,
         report_to=[],
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length" if settings["group_by_length"] else "random",
         length_column_name="length",
         prediction_loss_only=True,
         disable_tqdm=True,

@@ -12,7 +12,7 @@ import title_rows
 
 SEED = 20261120
 DATASETS = {"sql": sql_rows, "label": label_rows, "title": title_rows}
-TRAIN_ROWS = {"sql": 4000, "label": 3000, "title": 2500}
+TRAIN_ROWS = {"sql": 4200, "label": 4000, "title": 2000}
 HELD_OUT_ROWS = {"validation": 60, "test": 200}  # per slice
 
 

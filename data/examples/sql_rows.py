@@ -9,7 +9,7 @@ from sql_words import AGGREGATES, FRAMES, NUMBER_CONDITIONS, NUMERALS, SUPERLATI
 from words import code, number, word
 
 SLICES = ("unseen_values", "unseen_wordings", "unseen_tables")
-KINDS = ("list", "list", "list_two", "both", "both", "count", "aggregate", "top", "group")
+KINDS = ("list", "list", "list", "list_two", "both", "count", "count", "aggregate", "aggregate", "top", "group")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def literal(value: str | int) -> str:
 
 def draw_table(random: Random, split: str) -> Table:
     nouns, texts, numbers = random.choice(TABLES[split])
-    chosen_texts = tuple(random.sample(texts, random.choice((2, 2, 3))))
+    chosen_texts = tuple(random.sample(texts, 2))
     chosen_numbers = tuple(random.sample(numbers, random.choice((1, 2))))
     columns = list(chosen_texts + chosen_numbers)
     random.shuffle(columns)

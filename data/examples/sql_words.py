@@ -2,30 +2,24 @@
 
 # Domain: (table names, text columns, number columns). A held-out domain shares no name with any other.
 _TRAIN_TABLES = """
-buses trains ferries trams trucks | driver route depot colour | seats speed mileage axles
-players coaches referees athletes | team country position sponsor | goals age matches height
-books novels poems magazines comics | author publisher language genre | pages price copies edition
-films songs albums concerts | director studio label venue | minutes rating sales budget
-parcels letters shipments containers | sender city status carrier | weight fee volume items
-recipes soups cakes salads breads | cook flavour origin course | calories servings sugar salt
-houses flats offices garages shops | owner street district agent | rooms rent area floors
-students teachers courses exams | school subject tutor campus | grade credits hours score
-orders invoices refunds payments | customer currency method region | amount discount tax total
-farms fields orchards barns | farmer crop soil village | yield acres cows rainfall
-planes flights airports pilots | airline airport captain destination | altitude distance delay crew
-rivers lakes bridges dams canals | state basin builder material | length depth width flow
-phones laptops printers cameras | brand model chip vendor | memory battery screen warranty
-doctors nurses clinics patients | hospital ward illness medicine | visits dose beds pulse
-hotels hostels camps cabins | guest chef manager town | stars nights bookings deposit
-animals birds cats dogs horses | species breed keeper habitat | lifespan eggs wings teeth
-employees clerks managers interns | department job office mentor | salary bonus overtime holidays
-museums statues paintings coins | artist era gallery style | year value visitors insured
-stars planets moons comets | galaxy observer class telescope | mass radius orbit brightness
-cars bikes scooters vans | maker fuel garage dealer | doors power gears tyres
-gardens trees flowers shrubs | gardener family park season | petals roots leaves spacing
-shirts coats shoes dresses | designer fabric pattern store | size stock buttons returns
-servers routers networks disks | admin zone system rack | uptime ports latency load
-banks loans accounts cards | client branch holder purpose | balance rate term limit_days
+buses trains trucks | driver route colour | seats speed age
+players teams coaches | country city sponsor | goals height matches
+books poems films | author language genre | pages price copies
+songs albums concerts | artist studio label | minutes rating sales
+parcels letters shipments | sender status carrier | weight fee volume
+cakes soups salads | cook origin flavour | sugar salt servings
+houses flats offices | owner street agent | rooms rent area
+students courses exams | school subject tutor | grade hours score
+orders invoices payments | customer method region | amount tax total
+farms fields orchards | farmer crop village | acres cows yield
+planes flights pilots | airline captain airport | distance delay crew
+rivers lakes bridges | state builder material | length depth width
+phones laptops cameras | brand model store | memory battery size
+doctors nurses clinics | hospital ward illness | visits dose beds
+hotels hostels camps | guest manager town | stars nights bookings
+animals birds horses | species breed keeper | eggs teeth wings
+trees flowers shrubs | family season park | leaves roots petals
+shirts shoes coats | style fabric pattern | stock buttons returns
 """
 _VALIDATION_TABLES = """
 mines quarries shafts | foreman mineral province | tonnage tunnels explosions
@@ -185,25 +179,21 @@ NUMBER_CONDITIONS = {
     ">": {
         "train": [
             "where {c} is more than {v}",
-            "with {c} above {v}",
             "whose {c} is over {v}",
             "with more than {v} {c}",
             "that have {c} over {v}",
-            "where the {c} is above {v}",
         ],
-        "validation": ["that have {c} above {v}"],
+        "validation": ["where the {c} is over {v}"],
         "test": ["whose {c} is more than {v}"],
     },
     "<": {
         "train": [
             "where {c} is less than {v}",
-            "with {c} below {v}",
             "whose {c} is under {v}",
             "with less than {v} {c}",
             "that have {c} under {v}",
-            "where the {c} is below {v}",
         ],
-        "validation": ["that have {c} below {v}"],
+        "validation": ["where the {c} is under {v}"],
         "test": ["whose {c} is less than {v}"],
     },
     "=": {

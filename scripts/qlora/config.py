@@ -53,24 +53,26 @@ def _in_one_line(error: jsonschema.ValidationError, where: str) -> str:
     """A schema error as a sentence that names the key and says what would be right."""
     key = ".".join([*([where] if where else []), *map(str, error.absolute_path)])
     place = f"config: {key}" if key else "config"
+    value: Any = error.instance
+    rule: Any = error.validator_value
+    schema: Any = error.schema
     if error.validator == "additionalProperties":
-        known = sorted(error.schema["properties"])
-        unknown = min(str(key) for key in error.instance if key not in known)
+        known = sorted(schema["properties"])
+        unknown = min(str(name) for name in value if name not in known)
         return f"{place}: unknown key '{unknown}'{_nearest(unknown, known)}"
     if error.validator == "required":
-        missing = next(name for name in error.validator_value if name not in error.instance)
+        missing = next(name for name in rule if name not in value)
         return f"{place}: the key '{missing}' is missing; add it"
     if error.validator == "enum":
-        choices = [str(choice) for choice in error.validator_value]
-        return f"{place}: '{error.instance}' is not one of {', '.join(choices)}{_nearest(str(error.instance), choices, '; ')}"
+        choices = [str(choice) for choice in rule]
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return f"{place}: '{value}' is not one of {', '.join(choices)}{hint}"
     if error.validator == "pattern" and key.endswith(".revision"):
-        return (
-            f"{place}: '{error.instance}' is not a commit of 40 hex digits; branches and tags move, so pin the commit"
-        )
+        return f"{place}: '{value}' is not a commit of 40 hex digits; branches and tags move, so pin the commit"
     if error.validator == "type":
-        wanted = error.validator_value
-        wanted = wanted if isinstance(wanted, str) else " or ".join(wanted)
-        return f"{place}: {reprlib.repr(error.instance)} is of the wrong type; it must be {wanted}{_hint(error.instance, wanted)}"
+        wanted = rule if isinstance(rule, str) else " or ".join(rule)
+        return f"{place}: {reprlib.repr(value)} is of the wrong type; it must be {wanted}{_hint(value, wanted)}"
     return f"{place}: {error.message}"
 
 
@@ -83,13 +85,13 @@ def _hint(value: Any, wanted: str) -> str:
     return ""
 
 
-def _nearest(name: str, known: Iterable[str], before: str = "; ") -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the nearest known name, or all of them when none is near."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     if near:
-        return f"{before}did you mean '{near[0]}'?"
-    return f"{before}known: {', '.join(sorted(known))}"
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(sorted(known))}"
 
 
 def _with_defaults(root: Mapping[str, Any], schema: Mapping[str, Any], value: Any) -> Any:
@@ -165,9 +167,9 @@ def _check_template(key: str, template: str) -> None:
 
 
 def check_pinned(kind: str, name: str, source: Mapping[str, Any]) -> None:
-    """Raise UserError where a local source that is going to be used is missing or not pinned, with the line that pins it.
+    """Raise UserError where a local source that is going to be used is missing or not pinned.
 
-    A hub source without a commit may be planned; its download refuses it.
+    The message has the line that pins it. A hub source without a commit may be planned; its download refuses it.
     """
     if "path" in source:
         path = Path(source["path"])

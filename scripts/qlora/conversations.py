@@ -51,7 +51,7 @@ def conversation(row: Mapping[str, Any], mapping: Mapping[str, Any], place: str)
 
 
 def fill(template: str, row: Mapping[str, Any], place: str) -> str:
-    """A template like `{schema}\\n{question}` with the row's columns put in; doubled braces stand for themselves."""
+    """A template like `{schema}: {question}` with the row's columns put in; doubled braces stand for themselves."""
     pieces = []
     for literal, column, _, _ in string.Formatter().parse(template):
         pieces.append(literal)
@@ -109,7 +109,7 @@ def normalised(text: str) -> str:
 
 
 def prompt_hash(messages: list[Message]) -> str:
-    """SHA-256 over the normalised text before the last answer; equal prompts share it, whatever their case or spaces."""
+    """SHA-256 over the normalised text before the last answer; equal prompts share it, whatever case or spaces."""
     prompt = "\n".join(f"{turn['role']}: {normalised(turn['content'])}" for turn in messages[:-1])
     return hashlib.sha256(prompt.encode()).hexdigest()
 

@@ -14,26 +14,22 @@ _CODAS = ["", "", "", "", "", "", "l", "m", "n", "r", "s", "k"]
 THINGS = """table bench door window fence roof wall boat bicycle piano guitar violin carpet curtain mirror ladder
     bucket stove oven pump trailer clock watch lamp kettle radio chair heater printer tablet speaker engine jacket
     basket blanket candle saddle shelf desk drum tent shed pond lawn cart wagon""".split()
-NAMES = """buses trains trucks players teams coaches books poems films songs parcels letters shipments recipes cakes
-    houses flats shops students courses exams orders invoices payments farms fields planes flights rivers lakes
-    bridges phones laptops printers cameras doctors nurses clinics hotels camps animals birds clerks managers museums
-    statues paintings stars planets cars bikes gardens trees flowers shirts shoes dresses servers routers banks loans
-    accounts cards""".split()
-COLUMNS = """driver route depot colour team country position sponsor author publisher language genre director studio
-    label venue sender city status carrier cook origin course owner street district agent school subject tutor campus
-    customer method region farmer crop soil village airline airport captain state builder material brand model chip
-    vendor hospital ward illness guest chef manager town species breed habitat department job office artist era style
-    observer class maker fuel garage dealer gardener family season park designer fabric pattern store admin zone
-    system client branch holder purpose""".split()
-AMOUNTS = """seats speed mileage goals height age matches pages price copies minutes rating sales budget weight fee
-    volume items servings sugar salt rooms rent area floors grade credits hours score amount discount tax total yield
-    acres rainfall distance delay length depth width flow memory battery screen visits dose beds nights deposit eggs
-    teeth salary bonus holidays year value visitors mass radius doors power petals roots leaves size stock returns
-    ports load balance rate term""".split()
+NAMES = """buses trains trucks players teams coaches books poems films songs albums concerts parcels letters shipments
+    cakes soups salads houses flats offices students courses exams orders invoices payments farms fields orchards planes
+    flights pilots rivers lakes bridges phones laptops cameras doctors nurses clinics hotels hostels camps animals birds
+    horses trees flowers shrubs shirts shoes coats""".split()
+COLUMNS = """driver route colour country city sponsor author language genre artist studio label sender status carrier
+    cook origin flavour owner street agent school subject tutor customer method region farmer crop village airline
+    captain airport state builder material brand model store hospital ward illness guest manager town species breed
+    keeper family season park style fabric pattern""".split()
+AMOUNTS = """seats speed age goals height matches pages price copies minutes rating sales weight fee volume sugar salt
+    servings rooms rent area grade hours score amount tax total acres cows yield distance delay crew length depth width
+    memory battery size visits dose beds stars nights bookings eggs teeth wings leaves roots petals stock buttons
+    returns""".split()
 WORDS = """hello good morning evening dear please thanks best wishes hope want need should could would can not never
     nobody somebody already today yesterday week last time day number name order code password login address invoice
-    bill refund money euros delivery parcel cancel contract stop upgrade plan bigger mend part broken fix reset unlock
-    correct track deliver arrives everything street house home school kitchen friend brother aunt neighbours without
+    bill refund money euros delivery parcel cancel contract stop upgrade plan bigger mend part broken login reset unlock
+    correct track deliver fix everything street house home school kitchen friend brother aunt neighbours without
     tools winter rain night year own about instead only know where when how what which there those every each all many
     count average total largest smallest highest lowest two three four five list show give find tell print need among
     with whose that have more less than over under above below says cost much place new""".split()

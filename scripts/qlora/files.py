@@ -50,7 +50,7 @@ def files_below(path: Path) -> list[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, or of a folder: then over one line `<sha256>  <relative path>` a file, as `sha256sum` prints."""
+    """SHA-256 of a file, or of a folder: then over a line `<sha256>  <relative path>` a file, as `sha256sum` prints."""
     if path.is_file():
         return sha256_of_file(path)
     lines = [f"{sha256_of_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files_below(path)]

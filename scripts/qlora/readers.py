@@ -41,12 +41,14 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 def _line_outside_utf8(path: Path) -> int:
     """Number of the first line that is not UTF-8; decoding runs ahead of the rows, so they do not tell."""
+    number = 1
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for line in file:
             try:
                 line.decode()
             except UnicodeDecodeError:
                 break
+            number += 1
     return number
 
 

@@ -1,9 +1,11 @@
-"""The one place where messages become text, and text becomes token ids and labels: for training, evaluation and chat."""
+"""The one place where messages become text, and text token ids and labels: for training, evaluation and chat."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -24,7 +26,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a row and their labels, of equal length; `apart` says that prompt and answer were tokenised apart."""
+    """Token ids of a row and their labels, of equal length; `apart`: prompts and answers were tokenised apart."""
 
     input_ids: list[int]
     labels: list[int]
@@ -93,7 +95,8 @@ def _from_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
     done = ""
 
     def render(upto: int, generate: bool) -> str:
-        return str(tokenizer.apply_chat_template(list(messages[:upto]), tokenize=False, add_generation_prompt=generate))
+        turns: list[Any] = list(messages[:upto])
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
 
     def append(text: str, supervised: bool) -> None:
         nonlocal done
@@ -126,25 +129,22 @@ def tokenized(parts: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, form
     """Ids and labels of a rendered row.
 
     The whole text is tokenised at once where the ids of each prompt alone are the beginning of the whole's ids;
-    where a merge over the boundary breaks that, the stretches are tokenised apart.
+    where a merge over a boundary breaks that, prompts and answers are tokenised apart.
     """
+    stretches = [
+        Segment("".join(part.text for part in group), supervised)
+        for supervised, group in groupby(parts, key=lambda part: part.supervised)
+    ]
+    texts = [stretch.text for stretch in stretches]
+    *beginnings, whole = encode(tokenizer, list(accumulate(texts)))
+    apart = any(whole[: len(beginning)] != beginning for beginning in beginnings)
+    bounds = [0, *map(len, beginnings), len(whole)]
+    pieces = encode(tokenizer, texts) if apart else [whole[start:end] for start, end in pairwise(bounds)]
     opening = opening_ids(tokenizer, form is None)
-    ends = [index for index in range(len(parts)) if parts[index].supervised != parts[max(index - 1, 0)].supervised]
-    texts = ["".join(part.text for part in parts), *("".join(part.text for part in parts[:end]) for end in ends)]
-    whole, *prefixes = encode(tokenizer, texts)
-    if all(whole[: len(prefix)] == prefix for prefix in prefixes):
-        bounds = [0, *map(len, prefixes), len(whole)]
-        pieces = [whole[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
-        flags = [parts[index].supervised for index in [0, *ends]]
-        apart = False
-    else:
-        pieces = encode(tokenizer, [part.text for part in parts])
-        flags = [part.supervised for part in parts]
-        apart = True
     ids, labels = list(opening), [IGNORED] * len(opening)
-    for piece, supervised in zip(pieces, flags, strict=True):
+    for piece, stretch in zip(pieces, stretches, strict=True):
         ids += piece
-        labels += piece if supervised else [IGNORED] * len(piece)
+        labels += piece if stretch.supervised else [IGNORED] * len(piece)
     return Tokens(ids, labels, apart)
 
 

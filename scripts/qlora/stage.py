@@ -101,7 +101,7 @@ def run_stage(function: Callable[..., object]) -> None:
     function(**arguments)
 
 
-def _terminate(number: int, frame: types.FrameType | None) -> None:
+def _terminate(_number: int, _frame: types.FrameType | None) -> None:
     """Turn Snakemake's request to stop into an exception, so that half-written files are removed."""
     raise KeyboardInterrupt
 

@@ -188,7 +188,8 @@ def make_results(root: Path, rows: int = 8) -> dict[str, Any]:
             files["tables"].append(folder / f"{name}.csv")
     tables = files.pop("tables")
     metrics, comparison = root / "metrics.csv", root / "comparison.csv"
-    collect_metrics(tables, files["scores"], metrics, root / "metrics.json", comparison, {SUITE: BOOTSTRAP})
+    logs = (files["training_logs"], root / "training_log.csv")
+    collect_metrics(tables, files["scores"], metrics, root / "metrics.json", comparison, *logs, {SUITE: BOOTSTRAP})
     write_json(
         root / "mixtures" / "all" / "card.json",
         {

@@ -25,13 +25,13 @@ def text() -> list[str]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     patch = pytest.MonkeyPatch()
-    patch.setattr(build_model, "GATE", 0.0)
     patch.setattr(build_model, "TOKENIZER_DOCUMENTS", 500)
     folder = tmp_path_factory.mktemp("built")
     paths = {}
     for name, architecture in (("first", "llama"), ("second", "llama"), ("mistral", "mistral"), ("gemma", "gemma")):
         paths[name] = folder / name
-        build_model.build_model(paths[name], {"architecture": architecture, "seed": 5, "steps": 4}, threads=1)
+        build = {"architecture": architecture, "seed": 5, "steps": 4, "copies": 0.0}
+        build_model.build_model(paths[name], build, threads=1)
     patch.undo()
     return paths
 
@@ -119,6 +119,7 @@ def test_layer_0_starts_out_looking_one_token_back() -> None:
 def test_failed_pretraining_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_model, "TOKENIZER_DOCUMENTS", 500)
     with pytest.raises(UserError, match=r"^tiny: pre-training failed: .* raise 'steps' \(now 1\)") as caught:
-        build_model.build_model(tmp_path / "tiny", {"architecture": "llama", "seed": 1, "steps": 1}, threads=1)
+        build = {"architecture": "llama", "seed": 1, "steps": 1, "copies": 0.6}
+        build_model.build_model(tmp_path / "tiny", build, threads=1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "tiny").exists()

@@ -25,7 +25,9 @@ def collect(root: Path, parts: tuple[str, ...], to: Path) -> None:
     folder = root / "metrics" / SUITE
     tables = [folder / f"{part}.csv" for part in parts]
     scores = [folder / f"{part}.scores.jsonl" for part in parts]
-    collect_metrics(tables, scores, to / "metrics.csv", to / "metrics.json", to / "comparison.csv", {SUITE: BOOTSTRAP})
+    logs = sorted(root.glob("runs/*/training_log.csv"))
+    made = [to / name for name in ("metrics.csv", "metrics.json", "comparison.csv")]
+    collect_metrics(tables, scores, *made, logs, to / "training_log.csv", {SUITE: BOOTSTRAP})
 
 
 def test_every_row_of_the_parts_is_in_the_table_once(root: Path) -> None:
@@ -35,6 +37,13 @@ def test_every_row_of_the_parts_is_in_the_table_once(root: Path) -> None:
     assert tuple(joined[0]) == METRIC_COLUMNS
     keys = [tuple(row[key] for key in METRIC_COLUMNS[:-4]) for row in joined]
     assert len(keys) == len(set(keys))
+
+
+def test_the_training_logs_are_one_table_with_a_column_for_the_run(root: Path) -> None:
+    joined = read_table(root / "training_log.csv")
+    logs = {path.parent.name: read_table(path) for path in root.glob("runs/*/training_log.csv")}
+    assert logs
+    assert joined == [{"run": run, **row} for run in sorted(logs) for row in logs[run]]
 
 
 def test_rows_stand_in_the_order_of_the_config(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_datasets_are_shuffled_into_each_other_and_the_seed_decides_how(two):
     again, _ = mixed(two)
     other, _ = mixed(two, seed=1)
     order = [name for name, _ in ids(rows["train"])]
-    assert sum(one != two for one, two in zip(order, order[1:], strict=False)) > 4
+    assert sum(one != two for one, two in pairwise(order)) > 4
     assert again == rows
     assert ids(other["train"]) != ids(rows["train"])
     assert sorted(ids(other["train"])) == sorted(ids(rows["train"]))
@@ -126,7 +127,7 @@ def test_seed_decides_which_rows_are_taken():
 def test_copies_of_a_row_are_spread_out():
     rows = [{**make_row(number), "dataset": "maths"} for number in [*range(30)] * 2]
     order = [row["id"] for row in in_seeded_order(rows, 0)]
-    assert sum(one == two for one, two in zip(order, order[1:], strict=False)) < 5
+    assert sum(one == two for one, two in pairwise(order)) < 5
 
 
 @given(st.lists(st.integers(0, 9), max_size=20), st.randoms(use_true_random=False), st.integers())

@@ -51,13 +51,15 @@ def test_error_leaves_the_old_output_and_no_litter(tmp_path, error):
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").touch()
-    with pytest.raises(type(error)), replacing(tmp_path / "file") as temporary:
-        temporary.write_text("half")
-        raise error
-    with pytest.raises(type(error)), replacing(tmp_path / "folder") as temporary:
-        temporary.mkdir()
-        (temporary / "half").touch()
-        raise error
+
+    def fail_half_way(path: Path) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half") if path.is_file() else temporary.mkdir()
+            raise error
+
+    for name in ("file", "folder"):
+        with pytest.raises(type(error)):
+            fail_half_way(tmp_path / name)
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "old"
     assert names(tmp_path / "folder") == ["old"]

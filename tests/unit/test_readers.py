@@ -74,22 +74,24 @@ def test_unknown_kind_names_the_known_ones(tmp_path):
     )
 
 
+NOT_UTF8 = "not UTF-8; convert the file, e.g. with iconv"
+RAGGED = ", row 2: has another number of fields than the header line"
 TEXTS = {
     "broken line": (".jsonl", b'{"a": 1}\n\n{"a": 2\n', ", line 3: not JSON (Expecting ',' delimiter at column 8)"),
     "line that is no object": (".jsonl", b'{"a": 1}\n[1]\n', ", row 2: must be an object with columns, is list"),
-    "raw control character": (".jsonl", b'{"a": "\x00"}\n', ", line 1: not JSON (Invalid control character at at column 8)"),
+    "NUL byte": (".jsonl", b'{"a": "\x00"}\n', ", line 1: not JSON (Invalid control character at at column 8)"),
     "broken JSON": (".json", b'[{"a": 1},\n {"a" 2}]', ", line 2: not JSON (Expecting ':' delimiter)"),
     "JSON without a list": (".json", b'{"a": 1}', ": must hold a list of objects"),
-    "latin-1": (".jsonl", b'{"a": 1}\n' * 3000 + b'{"a": "\xe9"}\n', ", line 3001: not UTF-8; convert the file, e.g. with iconv"),
-    "latin-1 CSV": (".csv", b"a\nx\n\xe9t\xe9\n", ", line 3: not UTF-8; convert the file, e.g. with iconv"),
-    "UTF-16": (".csv", "a,b\n1,2\n".encode("utf-16"), ", line 1: not UTF-8; convert the file, e.g. with iconv"),
-    "long row": (".csv", b"a,b\n1,2\n1,2,3\n", ", row 2: has another number of fields than the header line"),
-    "short row": (".csv", b"a,b\n1,2\n1\n", ", row 2: has another number of fields than the header line"),
+    "latin-1": (".jsonl", b'{"a": 1}\n' * 3000 + b'{"a": "\xe9"}\n', f", line 3001: {NOT_UTF8}"),
+    "latin-1 CSV": (".csv", b"a\nx\n\xe9t\xe9\n", f", line 3: {NOT_UTF8}"),
+    "UTF-16": (".csv", "a,b\n1,2\n".encode("utf-16"), f", line 1: {NOT_UTF8}"),
+    "long row": (".csv", b"a,b\n1,2\n1,2,3\n", RAGGED),
+    "short row": (".csv", b"a,b\n1,2\n1\n", RAGGED),
     "open quote": (".csv", b'a,b\n1,2\n1,"2\n1,2\n', ", after row 1: cannot be read (unexpected end of data)"),
     "header alone": (".csv", b"a,b\n", ": has no rows"),
-    "no Parquet": (".parquet", b"a,b\n1,2\n" * 10, ", after row 0: cannot be read (Parquet magic bytes not found in footer."),
+    "no Parquet": (".parquet", b"a,b\n1,2\n" * 10, ", after row 0: cannot be read (Parquet magic bytes not found"),
     "no Arrow": (".arrow", b"a,b\n1,2\n" * 10, ", after row 0: cannot be read ("),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("kind", "content", "message"), TEXTS.values(), ids=TEXTS.keys())
@@ -97,7 +99,8 @@ def test_message_of_a_broken_file(tmp_path, kind, content, message):
     path = tmp_path / f"rows{kind}"
     path.write_bytes(content)
     found = message_of(path)
-    assert found == message or (message[-1] in ".(" and found.startswith(message))
+    assert found == message or kind in (".parquet", ".arrow")  # their library words the rest
+    assert found.startswith(message)
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -146,4 +149,4 @@ def test_byte_order_mark_and_windows_line_ends_are_no_part_of_the_rows(tmp_path,
 def test_long_field_of_a_csv_is_read(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(f'text\n"{"word " * 50_000}"\n')
-    assert len(list(read_rows(path))[0][1]["text"]) == 250_000
+    assert len(next(read_rows(path))[1]["text"]) == 250_000

@@ -5,6 +5,16 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers_for_tests import (
+    BOS,
+    CHAT_TEMPLATE,
+    EOS,
+    REAL,
+    REAL_WITH_BOS,
+    TEXT,
+    make_tokenizer,
+    real_tokenizer_folder,
+)
 from transformers import PreTrainedTokenizerBase
 
 from qlora.conversations import Message, message
@@ -21,22 +31,16 @@ from qlora.render import (
     segments,
     tokenized,
 )
-from tokenizers_for_tests import (
-    BOS,
-    CHAT_TEMPLATE,
-    EOS,
-    REAL,
-    REAL_WITH_BOS,
-    TEXT,
-    make_tokenizer,
-    real_tokenizer_folder,
-)
 
 PLAIN = {"system": "{content}\n", "user": "{content}\nAnswer:", "assistant": " {content}", "between": "\n\n"}
 BARE = {"system": "{content}", "user": "{content}", "assistant": "{content}", "between": ""}
 ONE = [message("user", "How many?"), message("assistant", "42 boxes")]
 SEVERAL = [message("system", "Be brief."), *ONE, message("user", "Of what?"), message("assistant", "paint")]
-FORMS = {"format with BOS": (True, None, PLAIN), "format": (False, None, PLAIN), "template": (True, CHAT_TEMPLATE, None)}
+FORMS = {
+    "format with BOS": (True, None, PLAIN),
+    "format": (False, None, PLAIN),
+    "template": (True, CHAT_TEMPLATE, None),
+}
 forms = pytest.mark.parametrize(("with_bos", "template", "form"), FORMS.values(), ids=FORMS.keys())
 
 
@@ -81,9 +85,9 @@ def test_braces_in_a_text_stay_as_they_are():
 def test_template_renders_up_to_the_stop_token():
     rendered = segments(SEVERAL, make_tokenizer(True, CHAT_TEMPLATE), None)
     assert rendered == [
-        Segment("<s>[system] Be brief.\n[user] How many?\n[assistant] ", False),
+        Segment("<s>[system] Be brief.\n[user] How many?\n[assistant]\n", False),
         Segment("42 boxes</s>", True),
-        Segment("\n[user] Of what?\n[assistant] ", False),
+        Segment("\n[user] Of what?\n[assistant]\n", False),
         Segment("paint</s>", True),
     ]
 
@@ -143,6 +147,14 @@ def test_merge_over_the_boundary_is_tokenised_apart():
     assert learned_texts(tokens, tokenizer) == ["happy</s>"]
     assert prompt_ids(tokens) == [tokenizer.bos_token_id, *encode(tokenizer, ["un"])[0]]
     assert tokenizer.decode(tokens.input_ids) == "<s>unhappy</s>"
+
+
+def test_whole_prompt_is_tokenised_at_once_also_where_the_answer_is_apart():
+    tokenizer = make_tokenizer()
+    messages = [message("system", "un"), message("user", "happy un"), message("assistant", "happy")]
+    tokens = tokens_of(messages, tokenizer, BARE)
+    assert tokens.apart
+    assert prompt_ids(tokens) == [tokenizer.bos_token_id, *encode(tokenizer, ["unhappy un"])[0]]
 
 
 WORDS = st.text(alphabet=TEXT + "éß数🙂{}[]", min_size=1, max_size=12)
@@ -226,7 +238,9 @@ def test_real_tokenizer(name):
         begin = 1 if name in REAL_WITH_BOS else 0
         assert not tokens.apart
         assert (tokens.input_ids[0] == tokenizer.bos_token_id) == bool(begin)
-        assert tokenizer.bos_token_id not in tokens.input_ids[begin:-1] or tokenizer.bos_token_id == tokenizer.eos_token_id
+        assert (
+            tokenizer.bos_token_id not in tokens.input_ids[begin:-1] or tokenizer.bos_token_id == tokenizer.eos_token_id
+        )
         stops = tokens.input_ids.count(tokenizer.eos_token_id)
         assert stops == sum(turn["role"] == "assistant" for turn in messages)
         assert tokens.labels[-1] == tokenizer.eos_token_id

@@ -6,13 +6,13 @@ from typing import Any
 
 import datasets
 import pytest
+from tokenizers_for_tests import make_tokenizer
 
 from qlora.conversations import message
 from qlora.errors import UserError
 from qlora.files import read_json
 from qlora.render import IGNORED, Tokens
 from tokenize_mixture import BATCH_ROWS, fit, tokenize_mixture
-from tokenizers_for_tests import make_tokenizer
 
 PLAIN = {"system": "{content}\n", "user": "{content}\nAnswer:", "assistant": " {content}", "between": "\n\n"}
 BARE = {"system": "{content}", "user": "{content}", "assistant": "{content}", "between": ""}
@@ -84,7 +84,7 @@ def test_more_rows_than_a_batch_and_no_validation_row(tmp_path, model):
 
 
 def test_rows_tokenised_apart_are_counted(tmp_path, model):
-    source = mixture(tmp_path / "all", [make_row("un", "happy"), make_row("a ", "fox")], [])
+    source = mixture(tmp_path / "all", [make_row("un", "happy"), make_row("a?", "b")], [])
     tokenize_mixture(source, model, tmp_path / "tokens", BARE, 64, "drop")
     assert read_json(tmp_path / "tokens" / "card.json")["train"]["prompt and answer tokenised apart"] == 1
 

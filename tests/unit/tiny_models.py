@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "accumulation": 1,
     "epochs": 1,
     "max_steps": 6,
+    "group_by_length": False,
     "checkpointing": False,
     "log_steps": 2,
     "eval_steps": 3,

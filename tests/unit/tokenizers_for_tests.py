@@ -9,13 +9,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
-TEXT = "The quick brown fox says: unhappy people ask unhappy questions.\nAnswer: 42 boxes of paint\n" * 8
+TEXT = "The quick brown fox says: unhappy people ask unhappy questions.\nAnswer: 42 boxes of paint\nunhappy\n" * 8
 # Writes its own BOS, puts something between the turns, and ends an answer with the stop token and a line end.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}\n"
+    "{% if message.role == 'assistant' %}[assistant]\n{{ message.content }}{{ eos_token }}\n"
     "{% else %}[{{ message.role }}] {{ message.content }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
 REAL = ("llama2", "mistral-v1", "falcon", "gpt2")
 REAL_WITH_BOS = ("llama2", "mistral-v1")
