@@ -109,7 +109,9 @@ def draw_batches(random: Random, tokenizer: PreTrainedTokenizerFast, steps: int)
     for source, count, length in ((corpus.echo, first, ECHO_LENGTH), (corpus.document, steps - first, LENGTH)):
         drawn = max(1, -(-count // PASSES))
         rows = BATCH_TOKENS // length
-        stages.append(windows(lambda source=source: source(random), tokenizer, drawn * rows, length).view(drawn, rows, -1))
+        stages.append(
+            windows(lambda source=source: source(random), tokenizer, drawn * rows, length).view(drawn, rows, -1)
+        )
     return lambda step: stages[0][step % len(stages[0])] if step < first else stages[1][(step - first) % len(stages[1])]
 
 

@@ -26,7 +26,7 @@ def results_table(rows: Rows) -> str:
         known = next(row for row in found.values() if row)
         shown = [_cell(row, subject == "tuned") if row else "–" for subject, row in found.items()]
         metric = known["metric"].replace("_", " ").replace("rouge l", "ROUGE-L")
-        lines.append(f"| {dataset} | {part.replace('_', ' ')} | {metric} | {known['n']} | {model} | {' | '.join(shown)} |")
+        lines.append("| " + " | ".join([dataset, part.replace("_", " "), metric, known["n"], model, *shown]) + " |")
     return "\n".join(lines)
 
 
@@ -37,7 +37,8 @@ def _cell(row: dict[str, str], strong: bool) -> str:
 
 def with_results(readme: str, rows: Rows) -> str:
     """The README with its table made anew."""
-    return re.sub(f"({re.escape(BEGIN)}).*({re.escape(END)})", rf"\1\n{results_table(rows)}\n\2", readme, flags=re.DOTALL)
+    between = re.compile(f"({re.escape(BEGIN)}).*({re.escape(END)})", re.DOTALL)
+    return between.sub(rf"\1\n{results_table(rows)}\n\2", readme)
 
 
 def read_metrics() -> Rows:

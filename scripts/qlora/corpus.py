@@ -107,7 +107,9 @@ def echo(random: Random) -> str:
     """A list that is repeated. Most are short: copying is learned from those first, and far sooner."""
     items = [item(random) for _ in range(random.choice((1, 2, 2, 3, 3, 4, 6)))]
     line = random.choice((" ", ", ", " and ", " | ")).join(items)
-    return random.choice(("\n", ": ", " ; ", "\n> ")).join([line] * random.choice((2, 3, 4) if len(items) < 4 else (2,)))
+    return random.choice(("\n", ": ", " ; ", "\n> ")).join(
+        [line] * random.choice((2, 3, 4) if len(items) < 4 else (2,))
+    )
 
 
 def table(random: Random) -> tuple[str, list[str], list[str]]:
@@ -207,14 +209,23 @@ def remark(random: Random, title: str, texts: list[str], numbers: list[str]) -> 
 def said_of_text(random: Random, text: str, amount: str) -> list[str]:
     """Ways to say the same about a column of text."""
     value = quoted(random)
-    return [f"with {text} {value}", f"where the {text} is {value}", f"whose {text} is {value}", f"that have {value} as {text}"]
+    return [
+        f"with {text} {value}",
+        f"where the {text} is {value}",
+        f"whose {text} is {value}",
+        f"that have {value} as {text}",
+    ]
 
 
 def said_of_amount(random: Random, text: str, amount: str) -> list[str]:
     """Ways to say the same about a column of numbers."""
     value = number(random)
     if random.random() < 0.5:
-        return [f"with {amount} over {value}", f"where {amount} is more than {value}", f"whose {amount} is above {value}"]
+        return [
+            f"with {amount} over {value}",
+            f"where {amount} is more than {value}",
+            f"whose {amount} is above {value}",
+        ]
     return [f"with {amount} under {value}", f"where {amount} is less than {value}", f"whose {amount} is below {value}"]
 
 
@@ -260,7 +271,9 @@ def errand(random: Random) -> str:
         )
     )
     said = random.choice(([wish], [aside, wish], [wish, aside], [aside, wish], [wish, aside]))
-    end = random.choice((f"So they went to {asked}.", f"Then: {asked}.", f"It was done: {asked}.", f"{who} will {asked}."))
+    end = random.choice(
+        (f"So they went to {asked}.", f"Then: {asked}.", f"It was done: {asked}.", f"{who} will {asked}.")
+    )
     return " ".join([*said, end])
 
 

@@ -45,9 +45,7 @@ def load_quantized(folder: Path, quantization: Mapping[str, Any], device: str, a
     )
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if not layers:
-        raise UserError(
-            f"{folder}: no layer was quantised to 4 bits; are its linear layers of a class of their own?"
-        )
+        raise UserError(f"{folder}: no layer was quantised to 4 bits; are its linear layers of a class of their own?")
     for layer in layers:
         # This path repacks weights in an eval-mode forward, and gradients are wrong from then on (bitsandbytes 0.50.2).
         layer.support_avx512bf16_for_cpu = False

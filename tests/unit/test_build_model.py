@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from random import Random
 
-import build_model
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import build_model
 from qlora import corpus
 from qlora.errors import UserError
 from qlora.pretraining import aim_attention, train_tokenizer, windows
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 EXAMPLES = Path(__file__).parents[2] / "data" / "examples"
 PROMPTS = ("Answer:", "Topic?", "Title?", "Message:", "Post:")

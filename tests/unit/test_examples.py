@@ -11,6 +11,7 @@ from types import ModuleType
 from zlib import crc32
 
 import pytest
+
 from qlora import corpus
 
 EXAMPLES = Path(__file__).parents[2] / "data" / "examples"
@@ -27,7 +28,10 @@ def modules() -> dict[str, ModuleType]:
 
     sys.path.insert(0, str(EXAMPLES))
     try:
-        return {name: importlib.import_module(name) for name in ("sql_words", "sql_rows", "label_rows", "title_rows", "words")}
+        return {
+            name: importlib.import_module(name)
+            for name in ("sql_words", "sql_rows", "label_rows", "title_rows", "words")
+        }
     finally:
         sys.path.remove(str(EXAMPLES))
 

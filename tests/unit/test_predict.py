@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FORM, QUANTIZATION, SETTINGS, make_base, make_rows, make_tokens, tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge_adapter import merge_adapter
 from predict_rows import SLACK, Question, answer_nll, few_shot_examples, generate, predict_rows, questions
@@ -13,7 +14,6 @@ from qlora.files import read_jsonl, write_jsonl
 from qlora.models import load_quantized
 from qlora.render import IGNORED, prompt_text
 from train_run import train_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)
 ASKED: dict[str, Any] = {"form": FORM, "quantization": QUANTIZATION, "attention": "sdpa", "device": "cpu", "threads": 1}
@@ -86,7 +86,9 @@ def test_examples_are_left_out_until_prompt_and_answer_fit(dataset: Path, caplog
 
 
 def test_the_longest_training_answer_bounds_what_is_generated(dataset: Path, tmp_path: Path) -> None:
-    longest = max(len(tokenizer()(row["messages"][-1]["content"])["input_ids"]) - 1 for row in read_jsonl(dataset / "train.jsonl"))
+    longest = max(
+        len(tokenizer()(row["messages"][-1]["content"])["input_ids"]) - 1 for row in read_jsonl(dataset / "train.jsonl")
+    )
     assert {question.limit for question in asked_of(dataset, max_new_tokens=500)} == {longest + SLACK}
     assert {question.limit for question in asked_of(dataset, max_new_tokens=5)} == {5}
 
@@ -100,7 +102,14 @@ def test_a_model_that_is_taught_facts_answers_and_stops_and_so_does_its_merge(tm
     settings = {**SETTINGS, "lora": lora, "batch_size": 20, "max_steps": 150, "learning_rate": 1e-2, "eval_steps": None}
     adapter = tmp_path / "adapter"
     train_run(
-        *(base, tokens, adapter, tmp_path / "run.json", tmp_path / "log.csv", {**run, "settings": {**settings, "save_steps": 500}}),
+        *(
+            base,
+            tokens,
+            adapter,
+            tmp_path / "run.json",
+            tmp_path / "log.csv",
+            {**run, "settings": {**settings, "save_steps": 500}},
+        ),
         **{"attention": "sdpa", "device": "cpu", "threads": 1, "code": "0"},
         **{"checkpoints": str(tmp_path / "checkpoints"), "tensorboard": str(tmp_path / "tb")},
     )

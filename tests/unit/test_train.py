@@ -52,7 +52,16 @@ class Case:
     def trainer(self, **settings: Any) -> stage.Trainer:
         """A trainer that has not run."""
         return stage.make_trainer(
-            *(self.base, self.tokens, {**SETTINGS, **settings}, 1, "sdpa", "cpu", self.root / "unused", str(self.root / "tb"))
+            *(
+                self.base,
+                self.tokens,
+                {**SETTINGS, **settings},
+                1,
+                "sdpa",
+                "cpu",
+                self.root / "unused",
+                str(self.root / "tb"),
+            )
         )
 
 
@@ -62,7 +71,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def adapter_bytes(folder: Path) -> bytes:
-    return (folder / "adapter/adapter_model.safetensors").read_bytes() + (folder / "adapter/adapter_config.json").read_bytes()
+    return (folder / "adapter/adapter_model.safetensors").read_bytes() + (
+        folder / "adapter/adapter_config.json"
+    ).read_bytes()
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(case: Case) -> None:

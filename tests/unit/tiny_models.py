@@ -81,7 +81,9 @@ def make_rows(folder: Path, train: int = 20, test: int = 6) -> Path:
     """A formatted dataset of short questions and answers."""
     source = folder / "source"
     for split, count in (("train", train), ("validation", 4), ("test", test)):
-        rows = [{"q": f"What is {split} {WORDS[i % 10]} {i}?", "a": f"{WORDS[(3 * i) % 10]} {i % 7}"} for i in range(count)]
+        rows = [
+            {"q": f"What is {split} {WORDS[i % 10]} {i}?", "a": f"{WORDS[(3 * i) % 10]} {i % 7}"} for i in range(count)
+        ]
         source.mkdir(parents=True, exist_ok=True)
         write_jsonl(source / f"{split}.jsonl", rows)
     settings = {

@@ -7,9 +7,18 @@ from workspaces import Workspace
 @pytest.mark.parametrize(
     ("overlay", "line"),
     [
-        ("recipes: {tiny: {learning_rat: 1}}", "config: recipes.tiny: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
-        ("runs: [{name: a, model: tiny-lama, mixture: examples, recipe: tiny}]", "run 'a' names the unknown model 'tiny-lama'; did you mean 'tiny-llama'?"),
-        ("datasets: {sql: {source: {path: data/nowhere}}}", "config: datasets.sql.source.path: data/nowhere does not exist"),
+        (
+            "recipes: {tiny: {learning_rat: 1}}",
+            "config: recipes.tiny: unknown key 'learning_rat'; did you mean 'learning_rate'?",
+        ),
+        (
+            "runs: [{name: a, model: tiny-lama, mixture: examples, recipe: tiny}]",
+            "run 'a' names the unknown model 'tiny-lama'; did you mean 'tiny-llama'?",
+        ),
+        (
+            "datasets: {sql: {source: {path: data/nowhere}}}",
+            "config: datasets.sql.source.path: data/nowhere does not exist",
+        ),
     ],
 )
 def test_a_mistake_in_the_config_is_one_line(workspace: Workspace, overlay: str, line: str) -> None:
@@ -22,7 +31,10 @@ def test_a_mistake_in_the_config_is_one_line(workspace: Workspace, overlay: str,
 @pytest.mark.parametrize(
     ("overlay", "line"),
     [
-        ('datasets: {sql: {source: {sha256: "' + "0" * 64 + '"}}}', "download_dataset: error: datasets.sql: the SHA-256 of data/examples/sql is "),
+        (
+            'datasets: {sql: {source: {sha256: "' + "0" * 64 + '"}}}',
+            "download_dataset: error: datasets.sql: the SHA-256 of data/examples/sql is ",
+        ),
         ('datasets: {sql: {prompt: "{shema}"}}', "format: error: train.jsonl, row 1: has no column 'shema'"),
     ],
 )

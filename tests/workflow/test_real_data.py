@@ -57,7 +57,9 @@ def test_runs_whole_on_four_real_datasets(workspace: Workspace) -> None:
     overlay = {
         "name": "real",
         "datasets": datasets,
-        "mixtures": {"real": {"datasets": {name: {} for name in datasets}, "max_length": 384, "overlong": "cut_completion"}},
+        "mixtures": {
+            "real": {"datasets": {name: {} for name in datasets}, "max_length": 384, "overlong": "cut_completion"}
+        },
         "runs": [{"name": "real", "model": "tiny-llama", "mixture": "real", "recipe": "tiny"}],
         "suites": {"held-out": {"datasets": list(datasets), "max_new_tokens": 48, "shots": 1}},
     }
@@ -67,7 +69,12 @@ def test_runs_whole_on_four_real_datasets(workspace: Workspace) -> None:
     with (results / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     scored = {(row["dataset"], row["metric"]) for row in rows if row["subject"] == "tuned"}
-    assert {("nba", "execution_accuracy"), ("banking", "accuracy"), ("maths", "number_match"), ("chat", "rouge_l")} <= scored
+    assert {
+        ("nba", "execution_accuracy"),
+        ("banking", "accuracy"),
+        ("maths", "number_match"),
+        ("chat", "rouge_l"),
+    } <= scored
     cards = {name: read_json(workspace.folder / f"results/datasets/{name}/card.json") for name in datasets}
     assert cards["nba"]["dropped"]["training prompt stands in validation or test"] > 0
     assert cards["chat"]["dropped"]["empty answer"] == 1

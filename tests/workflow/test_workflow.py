@@ -15,7 +15,10 @@ JOINT = {"collect": 1, "report": 1, "all": 1}
 def test_leaves_every_output_of_the_public_interface(finished: Workspace) -> None:
     with (finished.folder / "results/metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == "run model mixture recipe seed subject suite dataset slice metric value ci_low ci_high n".split()
+    assert (
+        list(rows[0])
+        == "run model mixture recipe seed subject suite dataset slice metric value ci_low ci_high n".split()
+    )
     assert {row["subject"] for row in rows} == {"base", "few_shot", "trivial", "tuned"}
     assert {row["run"] for row in rows if row["subject"] == "tuned"} == {"llama", "mistral"}
     assert {row["run"] for row in rows if row["subject"] != "tuned"} == {""}
@@ -37,7 +40,9 @@ def test_leaves_every_output_of_the_public_interface(finished: Workspace) -> Non
 
 def test_tuning_lowers_the_loss_of_held_out_answers(finished: Workspace) -> None:
     rows = [row for row in csv.DictReader(finished.read("results/metrics.csv").splitlines()) if row["metric"] == "loss"]
-    losses = {(row["model"], row["subject"], row["dataset"]): float(row["value"]) for row in rows if row["slice"] == "all"}
+    losses = {
+        (row["model"], row["subject"], row["dataset"]): float(row["value"]) for row in rows if row["slice"] == "all"
+    }
     for model, subject, dataset in losses:
         assert losses[model, "tuned", dataset] < losses[model, "base", dataset], (model, subject, dataset)
 
