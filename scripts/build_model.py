@@ -3,7 +3,7 @@
 from qlora.stage import Progress, log, run_stage
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,7 +27,7 @@ from qlora.files import replacing, write_source_record
 from qlora.models import set_threads
 from qlora.pretraining import aim_attention, pretrain, train_tokenizer, windows
 
-VOCABULARY = 896  # tokens
+VOCABULARY = 1024  # tokens
 TOKENIZER_DOCUMENTS = 8000
 BATCH_TOKENS = 1024  # a step
 ECHO_LENGTH, LENGTH = 64, 128  # tokens of a window, while only copying is taught and after
@@ -53,7 +53,7 @@ def build_model(model: Path, build: Mapping[str, Any], threads: int) -> None:
     seed, steps = build["seed"], build["steps"]
     started = time.monotonic()
     random = Random(seed)
-    tokenizer = train_tokenizer((corpus.document(random) for _ in range(TOKENIZER_DOCUMENTS)), VOCABULARY)
+    tokenizer = train_tokenizer(tokenizer_texts(random), VOCABULARY)
     batches = draw_batches(random, tokenizer, steps)
     log.info("%d tokens in the vocabulary, text drawn after %.0f s", len(tokenizer), time.monotonic() - started)
     torch.manual_seed(seed)
@@ -77,6 +77,13 @@ def build_model(model: Path, build: Mapping[str, Any], threads: int) -> None:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_source_record(folder, {"build": dict(build)})
+
+
+def tokenizer_texts(random: Random) -> Iterator[str]:
+    """Documents, and after each a list of everyday words, which would else be cut into syllables."""
+    for _ in range(TOKENIZER_DOCUMENTS):
+        yield corpus.document(random)
+        yield corpus.vocabulary(random)
 
 
 def new_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

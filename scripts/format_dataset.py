@@ -65,8 +65,6 @@ def format_dataset(source: Path, dataset: Path, name: str, settings: Mapping[str
 
 def split_files(source: Path, name: str, patterns: Mapping[str, str] | None) -> dict[str, list[Path]]:
     """The files of each split inside a source: by glob, or the single file as training rows."""
-    if source.is_file():
-        return {"train": [source]}
     record = source / "source.json"  # written by the download, no data
     if patterns is None:
         files = [path for path in files_below(source) if path != record]

@@ -317,13 +317,46 @@ def tale(random: Random) -> str:
     return " ".join([start, middle, wish, end] if random.random() < 0.8 else [start, wish, end])
 
 
+def comparison(random: Random) -> str:
+    """Statements that set two numbers or a list of them in order, in words and in signs."""
+    more = random.choice(("is more than", "is over", "is above", "has more than", "comes after"))
+    less = random.choice(("is less than", "is under", "is below", "has less than", "comes before"))
+    lines = []
+    for _ in range(random.randint(1, 3)):
+        column, low, high = random.choice(AMOUNTS), *sorted(random.sample(range(1, 5000), 2))
+        if is_held_out(str(low)) or is_held_out(str(high)):
+            continue
+        lines += random.sample(
+            [
+                f"{high} {more} {low}: {high} > {low}",
+                f"{low} {less} {high}: {low} < {high}",
+                f"{column} {more} {low}: {column} > {low}",
+                f"{column} {less} {high}: {column} < {high}",
+            ],
+            2,
+        )
+    if not lines or random.random() < 0.3:
+        items = sorted(random.sample(range(10, 100), 4))
+        low_first, high_first = " ".join(map(str, items)), " ".join(map(str, items[::-1]))
+        lines += [f"lowest first, ASC: {low_first}", f"highest first, DESC: {high_first}"]
+        lines += [f"the smallest is the MIN {items[0]}", f"the largest is the MAX {items[-1]}"]
+        lines = random.sample(lines, 2)
+    return "\n".join(lines)
+
+
+def vocabulary(random: Random) -> str:
+    """A list of everyday words alone, so that the tokenizer comes to know them whole."""
+    return " " + " ".join(random.choices(THINGS + NAMES + COLUMNS + AMOUNTS + VERBS + QUALITIES + WORDS, k=20))
+
+
 KINDS: dict[Callable[[Random], str], float] = {
-    echo: 0.30,
-    records: 0.10,
-    script: 0.20,
-    remarks: 0.16,
+    echo: 0.28,
+    records: 0.08,
+    script: 0.18,
+    comparison: 0.08,
+    remarks: 0.15,
     errand: 0.10,
-    tale: 0.14,
+    tale: 0.13,
 }
 
 

@@ -163,7 +163,9 @@ def test_what_is_needed_comes_from_the_hub_at_its_commit(tmp_path, hub, kind, pa
     for path in expected:
         assert not (tmp_path / "out" / path).is_symlink()
         assert (tmp_path / "out" / path).read_bytes() == FILES[path]
-    assert all(COMMIT in address for address in hub.asked)
+    listed, *fetched = hub.asked
+    assert listed == f"/api/{kind}/owner/name/tree/{COMMIT}"
+    assert {address.partition(f"/resolve/{COMMIT}/")[2] for address in fetched} == expected, "fetched more than is used"
 
 
 @pytest.mark.usefixtures("hub")

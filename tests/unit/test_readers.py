@@ -13,7 +13,7 @@ import pytest
 from qlora.errors import UserError
 from qlora.readers import READERS, read_rows
 
-ROWS = [{"text": "Où est\nmon colis ?", "label": "delivery"}, {"text": 'a "quoted", word 🙂', "label": "praise"}]
+ROWS = [{"text": "Où est\r\nmon colis ?", "label": "delivery"}, {"text": 'a "quoted", word 🙂', "label": "praise"}]
 
 
 def write_csv(path: Path, delimiter: str = ",") -> None:

@@ -77,8 +77,9 @@ def test_format_renders_system_and_several_turns():
 
 def test_braces_in_a_text_stay_as_they_are():
     messages = [message("user", "{content} {0} {{x}}"), message("assistant", "{content}")]
-    assert "".join(part.text for part in segments(messages, make_tokenizer(), PLAIN)) == (
-        "{content} {0} {{x}}\nAnswer: {content}</s>"
+    form = {**PLAIN, "user": "{{user}} {content}\nAnswer:"}
+    assert "".join(part.text for part in segments(messages, make_tokenizer(), form)) == (
+        "{{user}} {content} {0} {{x}}\nAnswer: {content}</s>"
     )
 
 
@@ -205,7 +206,7 @@ def test_padding_takes_the_first_token_there_is():
     other = make_tokenizer.__wrapped__()
     other.unk_token = None
     assert padding_id(other) == other.eos_token_id
-    other.pad_token = BOS
+    other.unk_token, other.pad_token = "<unk>", BOS
     assert padding_id(other) == other.bos_token_id
 
 
