@@ -4,7 +4,9 @@ ruleorder: build > download_model
 
 def hub_files_of_dataset(wildcards):
     """Globs of the files that are needed from a hub dataset; all where the config names none."""
-    return list(config["datasets"][wildcards.dataset].get("files", {}).values())
+    dataset = config["datasets"][wildcards.dataset]
+    needed = [*dataset.get("files", {}).values(), dataset.get("database", {}).get("file")]
+    return [name for name in needed if name] if "files" in dataset else []
 
 
 rule download_model:

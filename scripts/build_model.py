@@ -4,6 +4,7 @@ from qlora.stage import Progress, log, run_stage
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -36,7 +37,7 @@ PASSES = 2  # over the generated text
 LEARNING_RATE, MATRIX_LEARNING_RATE = 1e-2, 1.5e-2
 ROPE_THETA = 100.0  # base of the rotary angles: rows of the examples are under 200 tokens
 # What tells the families apart. Mistral without grouped key-value heads would be Llama, number for number.
-FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+FAMILIES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"num_key_value_heads": 4}),
     "mistral": (MistralConfig, {"num_key_value_heads": 2, "sliding_window": None}),
     "gemma": (GemmaConfig, {"num_key_value_heads": 1, "head_dim": 16}),
@@ -47,7 +48,8 @@ def build_model(model: Path, build: Mapping[str, Any], threads: int) -> None:
     """Make a tokenizer and a model and pre-train it; writes the folder `model`, laid out like one from the hub.
 
     `build` holds architecture (llama, mistral or gemma), seed, steps (optimiser steps of 1,024 tokens) and copies (the
-    share of an unseen text's tokens that it must copy right, or the build fails). The bytes are the same for the same values on the same processor. Raises UserError where the model did not learn to copy.
+    share of an unseen text's tokens that the model must copy right). The bytes are the same for the same values on the
+    same processor. Raises UserError where the model did not learn to copy.
     """
     set_threads(threads, "cpu")
     seed, steps = build["seed"], build["steps"]
@@ -70,7 +72,8 @@ def build_model(model: Path, build: Mapping[str, Any], threads: int) -> None:
     log.info("copies %.0f%% of an unseen text after %.0f s", 100 * copied, time.monotonic() - started)
     if copied < build["copies"]:
         raise UserError(
-            f"{model.name}: pre-training failed: it copies {copied:.0%} of an unseen text, {build['copies']:.0%} are needed; "
+            f"{model.name}: pre-training failed: it copies {copied:.0%} of an unseen text, "
+            f"{build['copies']:.0%} are needed; "
             f"raise 'steps' (now {steps}) or change 'seed' (now {seed}) of its 'build'"
         )
     with replacing(model) as folder:
@@ -116,9 +119,7 @@ def draw_batches(random: Random, tokenizer: PreTrainedTokenizerFast, steps: int)
     for source, count, length in ((corpus.echo, first, ECHO_LENGTH), (corpus.document, steps - first, LENGTH)):
         drawn = max(1, -(-count // PASSES))
         rows = BATCH_TOKENS // length
-        stages.append(
-            windows(lambda source=source: source(random), tokenizer, drawn * rows, length).view(drawn, rows, -1)
-        )
+        stages.append(windows(partial(source, random), tokenizer, drawn * rows, length).view(drawn, rows, -1))
     return lambda step: stages[0][step % len(stages[0])] if step < first else stages[1][(step - first) % len(stages[1])]
 
 
@@ -126,7 +127,7 @@ def draw_batches(random: Random, tokenizer: PreTrainedTokenizerFast, steps: int)
 def copying_accuracy(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, random: Random, count: int = 100
 ) -> float:
-    """Share of the tokens of a repeated line of four quoted values that are predicted right, each from all before it."""
+    """Share of the tokens of a repeated line, four quoted values, that are predicted right from all before them."""
     network.eval()
     right = total = 0
     for _ in range(count):

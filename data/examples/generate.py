@@ -30,6 +30,7 @@ def rows_of(module: ModuleType, name: str, split: str, slices: tuple[str, ...], 
 
 
 def write(folder: Path) -> None:
+    """Write every dataset's splits below `folder`."""
     for name, module in DATASETS.items():
         for split in ("train", "validation", "test"):
             slices, count = (("",), TRAIN_ROWS[name]) if split == "train" else (module.SLICES, HELD_OUT_ROWS[split])

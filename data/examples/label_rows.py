@@ -53,7 +53,11 @@ ASIDES = {
         "You do not have to {a}.",
         "Nobody should {a}.",
     ],
-    "validation": ["You do not need to {a}.", "Last week you did already {a}.", "I am not the one who wants you to {a}."],
+    "validation": [
+        "You do not need to {a}.",
+        "Last week you did already {a}.",
+        "I am not the one who wants you to {a}.",
+    ],
     "test": ["Nobody is asking you to {a}.", "Yesterday somebody did already {a}.", "You never have to {a}."],
 }
 PRODUCTS = "lamp kettle radio chair heater tablet mixer toaster printer fan speaker clock".split()

@@ -9,21 +9,26 @@ from sql_words import AGGREGATES, FRAMES, NUMBER_CONDITIONS, NUMERALS, SUPERLATI
 from words import code, number, word
 
 SLICES = ("unseen_values", "unseen_wordings", "unseen_tables")
-KINDS = ("list", "list", "list", "list_two", "both", "count", "count", "aggregate", "aggregate", "top", "group")
+KINDS = (*3 * ("list",), "list_two", "both", *2 * ("count",), *2 * ("aggregate",), "top", *2 * ("group",))
 
 
 @dataclass(frozen=True)
 class Condition:
+    """A column compared with a value."""
+
     column: str
     operator: str
     value: str | int
 
     def sql(self) -> str:
+        """The condition as SQL."""
         return f"{self.column} {self.operator} {literal(self.value)}"
 
 
 @dataclass(frozen=True)
 class Query:
+    """A query in parts, so that a mistake in one of them can be made on purpose."""
+
     table: str
     select: tuple[str, ...]
     conditions: tuple[Condition, ...] = ()
@@ -34,6 +39,7 @@ class Query:
     limit: int = 0
 
     def sql(self) -> str:
+        """The query as SQL."""
         what = ", ".join(self.select)
         if self.aggregate:
             what = f"{self.aggregate}({what})"
@@ -51,6 +57,8 @@ class Query:
 
 @dataclass(frozen=True)
 class Table:
+    """A table's name and columns."""
+
     name: str
     texts: tuple[str, ...]
     numbers: tuple[str, ...]
@@ -58,10 +66,12 @@ class Table:
 
 
 def literal(value: str | int) -> str:
+    """A value as it stands in SQL."""
     return f"'{value}'" if isinstance(value, str) else str(value)
 
 
 def draw_table(random: Random, split: str) -> Table:
+    """A table with three or four columns of one domain."""
     nouns, texts, numbers = random.choice(TABLES[split])
     chosen_texts = tuple(random.sample(texts, 2))
     chosen_numbers = tuple(random.sample(numbers, random.choice((1, 2))))
@@ -71,6 +81,7 @@ def draw_table(random: Random, split: str) -> Table:
 
 
 def text_value(random: Random, split: str) -> str:
+    """A word, two words or a code."""
     kind = random.random()
     if kind < 0.15:
         return code(random, split)
@@ -88,6 +99,7 @@ def draw_condition(random: Random, table: Table, split: str, free: list[str]) ->
 
 
 def draw_query(random: Random, table: Table, values: str, kind: str) -> Query:
+    """A query of the given kind, with values of the split `values`."""
     free = list(table.columns)
     random.shuffle(free)
     if kind == "top":
@@ -111,6 +123,7 @@ def draw_query(random: Random, table: Table, values: str, kind: str) -> Query:
 
 
 def phrase(random: Random, condition: Condition, wordings: str) -> str:
+    """A condition in words."""
     forms = TEXT_CONDITIONS if isinstance(condition.value, str) else NUMBER_CONDITIONS[condition.operator]
     return random.choice(forms[wordings]).format(c=condition.column, v=condition.value)
 
@@ -138,6 +151,7 @@ def ask(random: Random, query: Query, wordings: str) -> str:
 
 
 def kind_of(query: Query) -> str:
+    """Which sentence frames can ask for a query."""
     if query.order:
         return "top"
     if query.group:
@@ -183,19 +197,16 @@ def draw_database(random: Random, query: Query, table: Table, split: str) -> str
     types = ", ".join(f"{column} {'TEXT' if column in table.texts else 'INTEGER'}" for column in table.columns)
     create = f"CREATE TABLE {table.name} ({types});"
     asked = {condition.column: condition for condition in query.conditions}
-    for _ in range(400):
+    for _ in range(1000):
         pools: dict[str, list[str | int]] = {}
         for column in table.columns:
             text = column in table.texts
-            pools[column] = [text_value(random, split) if text else number(random, split) for _ in range(9)]
-            if column == query.group:
-                pools[column] = pools[column][:3]
+            pool = [text_value(random, split) if text else number(random, split) for _ in range(9)]
+            pools[column] = pool[:3] if column == query.group else pool
         rows = []
         for _ in range(random.randint(7, 10)):
             row = {column: random.choice(pools[column]) for column in table.columns}
-            for column, condition in asked.items():
-                if random.random() < 0.65:
-                    row[column] = satisfying(random, condition)
+            row |= {column: near(random, condition, random.random() < 0.65) for column, condition in asked.items()}
             rows.append("(" + ", ".join(literal(row[column]) for column in table.columns) + ")")
         script = f"{create} INSERT INTO {table.name} VALUES {', '.join(rows)};"
         if discriminates(script, query, table):
@@ -203,15 +214,19 @@ def draw_database(random: Random, query: Query, table: Table, split: str) -> str
     raise AssertionError(f"no database tells {query.sql()} from its near misses")
 
 
-def satisfying(random: Random, condition: Condition) -> str | int:
-    if isinstance(condition.value, str) or condition.operator == "=":
-        return condition.value
-    span = max(3, condition.value // 2)
-    step = random.randint(1, span)
-    return condition.value + step if condition.operator == ">" else condition.value - min(step, condition.value - 1)
+def near(random: Random, condition: Condition, holds: bool) -> str | int:
+    """A value for which a condition holds, or for which it does not."""
+    if isinstance(condition.value, str):
+        return condition.value if holds else word(random, "train")
+    step = random.randint(1, max(3, condition.value // 2))
+    if condition.operator == "=":
+        return condition.value if holds else condition.value + step
+    upwards = (condition.operator == ">") == holds
+    return condition.value + step if upwards else condition.value - min(step, condition.value - 1)
 
 
 def discriminates(script: str, query: Query, table: Table) -> bool:
+    """Whether the query has an answer on this database, and no near miss has the same one."""
     database = sqlite3.connect(":memory:")
     database.executescript(script)
     gold = answer(database, query.sql())

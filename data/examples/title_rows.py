@@ -18,7 +18,12 @@ VERBS = "repair clean paint sell move build store buy hide lift measure cover te
 TIMES = ["", "", "in winter", "before the rain", "without tools", "at home", "on my own", "for a friend", "at night"]
 KINDS = {
     "How to": {
-        "train": ["How do I {v} it{w}?", "How would you {v} it{w}?", "Tell me how to {v} it{w}.", "How can one {v} it{w}?"],
+        "train": [
+            "How do I {v} it{w}?",
+            "How would you {v} it{w}?",
+            "Tell me how to {v} it{w}.",
+            "How can one {v} it{w}?",
+        ],
         "validation": ["Can you tell me how to {v} it{w}?"],
         "test": ["How can I {v} it{w}?"],
     },
@@ -28,7 +33,11 @@ KINDS = {
         "test": ["Where do I {v} it{w}?"],
     },
     "Best time to": {
-        "train": ["When should I {v} it{w}?", "When is it best to {v} it{w}?", "What is the time of year to {v} it{w}?"],
+        "train": [
+            "When should I {v} it{w}?",
+            "When is it best to {v} it{w}?",
+            "What is the time of year to {v} it{w}?",
+        ],
         "validation": ["When do I {v} it{w}?"],
         "test": ["When would you {v} it{w}?"],
     },

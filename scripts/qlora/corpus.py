@@ -60,10 +60,12 @@ def _syllables(random: Random) -> str:
 
 
 def name(random: Random) -> str:
+    """A capitalised made-up word."""
     return word(random).capitalize()
 
 
 def number(random: Random) -> str:
+    """A number of one to four digits that is not held out."""
     while True:
         value = str(random.randint(1, 10 ** random.randint(1, 4)))
         if not is_held_out(value):
@@ -71,6 +73,7 @@ def number(random: Random) -> str:
 
 
 def code(random: Random) -> str:
+    """A code like KV-482 that is not held out."""
     while True:
         value = "".join(random.choices("ABCDEFGHKLMNPRSTVWXZ", k=2)) + f"-{random.randint(100, 999)}"
         if not is_held_out(value):
@@ -83,6 +86,7 @@ def value(random: Random) -> str:
 
 
 def quoted(random: Random) -> str:
+    """A name, two names or a code between quotes."""
     kind = random.random()
     if kind < 0.2:
         return f"'{code(random)}'"
@@ -125,6 +129,7 @@ def table(random: Random) -> tuple[str, list[str], list[str]]:
 
 
 def header(random: Random, title: str, columns: list[str]) -> str:
+    """A table's name and its columns in any order."""
     columns = list(columns)
     random.shuffle(columns)
     return f"{title} ({', '.join(columns)})"
@@ -145,6 +150,7 @@ def records(random: Random) -> str:
 
 
 def clause(random: Random, texts: list[str], numbers: list[str]) -> str:
+    """A condition of an SQL statement."""
     if random.random() < 0.55:
         return f"{random.choice(texts)} = {quoted(random)}"
     return f"{random.choice(numbers)} {random.choice('><=')} {number(random)}"
@@ -181,10 +187,9 @@ def script(random: Random) -> str:
 
 def remark(random: Random, title: str, texts: list[str], numbers: list[str]) -> str:
     """Something said about a table, and mostly the same in other words."""
-    column, amount = random.sample([*texts, *numbers], 1)[0], random.choice(numbers)
-    text = random.choice(texts)
+    column, amount, text = random.choice(texts + numbers), random.choice(numbers), random.choice(texts)
     who = random.choice(PEOPLE)
-    which = [random.choice((said_of_text, said_of_amount))(random, text, amount) for _ in range(2)]
+    which = said_of_text(random, text) if random.random() < 0.5 else said_of_amount(random, amount)
     forms = [
         f"{who} wants the {column} of the {title} {{}}.",
         f"The {column} of {title} {{}} is what {who} wants.",
@@ -203,10 +208,10 @@ def remark(random: Random, title: str, texts: list[str], numbers: list[str]) -> 
     ]
     if random.random() < 0.2:
         return " ".join(random.sample(ranked, 2))
-    return " ".join(form.format(random.choice(ways)) for form, ways in zip(random.sample(forms, 2), 2 * [which[0]]))
+    return " ".join(form.format(random.choice(which)) for form in random.sample(forms, 2))
 
 
-def said_of_text(random: Random, text: str, amount: str) -> list[str]:
+def said_of_text(random: Random, text: str) -> list[str]:
     """Ways to say the same about a column of text."""
     value = quoted(random)
     return [
@@ -217,7 +222,7 @@ def said_of_text(random: Random, text: str, amount: str) -> list[str]:
     ]
 
 
-def said_of_amount(random: Random, text: str, amount: str) -> list[str]:
+def said_of_amount(random: Random, amount: str) -> list[str]:
     """Ways to say the same about a column of numbers."""
     value = number(random)
     if random.random() < 0.5:
@@ -335,13 +340,28 @@ def comparison(random: Random) -> str:
             ],
             2,
         )
-    if not lines or random.random() < 0.3:
-        items = sorted(random.sample(range(10, 100), 4))
-        low_first, high_first = " ".join(map(str, items)), " ".join(map(str, items[::-1]))
-        lines += [f"lowest first, ASC: {low_first}", f"highest first, DESC: {high_first}"]
-        lines += [f"the smallest is the MIN {items[0]}", f"the largest is the MAX {items[-1]}"]
-        lines = random.sample(lines, 2)
+    if not lines or random.random() < 0.5:
+        lines = sums(random)
     return "\n".join(lines)
+
+
+def sums(random: Random) -> list[str]:
+    """A few numbers, and what is said of them."""
+    items = [random.randint(10, 99) for _ in range(3)]
+    column = random.choice(AMOUNTS)
+    rising = sorted(items)
+    facts = [
+        f"lowest {column} first: {column} ASC {rising[0]}",
+        f"highest {column} first: {column} DESC {rising[-1]}",
+        f"smallest {column} first: {column} ASC",
+        f"largest {column} first: {column} DESC",
+        f"the smallest {column}: MIN({column}) {rising[0]}",
+        f"the largest {column}: MAX({column}) {rising[-1]}",
+        f"the average {column}: AVG({column}) {sum(items) // 3}",
+        f"the total {column}: SUM({column}) {sum(items)}",
+        f"how many, the number, the count: COUNT(*) {len(items)}",
+    ]
+    return [" ".join(map(str, items)), *random.sample(facts, 3)]
 
 
 def vocabulary(random: Random) -> str:

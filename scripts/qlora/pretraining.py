@@ -54,6 +54,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
+        """Move the matrices against their gradients."""
         for group, buffer in zip(self.groups, self.buffers, strict=True):
             gradient = torch.stack([_gradient(matrix) for matrix in group])
             buffer.lerp_(gradient, 1 - self.momentum)
@@ -70,7 +71,7 @@ def _gradient(matrix: Parameter) -> Tensor:
 
 
 def _orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrices with orthonormal rows or columns, roughly, by Newton-Schulz iterations; [n, rows, columns]."""
+    """Roughly the nearest matrices with orthonormal rows or columns, by Newton-Schulz steps; [n, rows, columns]."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
@@ -84,10 +85,9 @@ def windows(documents: Callable[[], str], tokenizer: PreTrainedTokenizerFast, co
     """`count` windows of `length` tokens, cut from documents one after another, each between BOS and EOS."""
     wanted = count * length
     ids: list[int] = []
-    eos = tokenizer.convert_tokens_to_ids(EOS)
     while len(ids) < wanted:
         for encoded in tokenizer([documents() for _ in range(2000)], add_special_tokens=True)["input_ids"]:
-            ids += [*encoded, eos]
+            ids += [*encoded, int(tokenizer.eos_token_id)]
     return torch.tensor(ids[:wanted]).view(count, length)
 
 
@@ -100,12 +100,12 @@ def aim_attention(model: PreTrainedModel, shared: float = 0.3) -> None:
     embeddings share, a random vector of standard deviation `shared`, attends to the token before.
     """
     config = model.config
-    embeddings = model.get_input_embeddings().weight
-    embeddings.add_(torch.randn(config.hidden_size) * shared)
+    embeddings: torch.nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
+    embeddings.weight.add_(torch.randn(config.hidden_size) * shared)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     base = config.rope_parameters["rope_theta"]
     angles = (base ** (-torch.arange(0, size, 2) / size)).repeat(2)[:, None]
-    for index, layer in enumerate(model.base_model.layers):
+    for index, layer in enumerate(model.base_model.layers):  # type: ignore[arg-type]
         attention = layer.self_attn
         queries = attention.q_proj.weight.view(config.num_attention_heads, size, config.hidden_size)
         keys = queries[:: config.num_attention_heads // config.num_key_value_heads]

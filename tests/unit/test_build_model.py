@@ -119,8 +119,8 @@ def test_layer_0_starts_out_looking_one_token_back() -> None:
 
 def test_failed_pretraining_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_model, "TOKENIZER_DOCUMENTS", 500)
+    build = {"architecture": "llama", "seed": 1, "steps": 1, "copies": 0.6}
     with pytest.raises(UserError, match=r"^tiny: pre-training failed: .* raise 'steps' \(now 1\)") as caught:
-        build = {"architecture": "llama", "seed": 1, "steps": 1, "copies": 0.6}
         build_model.build_model(tmp_path / "tiny", build, threads=1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "tiny").exists()

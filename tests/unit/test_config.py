@@ -130,6 +130,11 @@ GOLDEN = {
         [*SMALL["runs"], {**SMALL["runs"][0], "seed": 1}],
         "config: runs: the name 'one' stands twice; every run needs a name of its own",
     ),
+    "sql without a database": (
+        "datasets.notes.task",
+        "sql",
+        "config: datasets.notes: task sql runs answers, so it needs 'database'; or choose task text",
+    ),
     "no source": ("models.tiny.source", {}, "config: models.tiny.source: give exactly one of hub, path, build"),
     "two sources": (
         "datasets.notes.source",
