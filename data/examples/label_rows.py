@@ -75,7 +75,7 @@ def draw_row(random: Random, split: str, held_out: str) -> dict[str, str]:
     pairs = split if held_out == "two_topics" else "train"
     label = random.choice(LABELS)
     sentences = [random.choice(REQUESTS[wordings]).replace("{a}", random.choice(ACTIONS[label]))]
-    if held_out == "two_topics" or random.random() < 0.5:
+    if held_out == "two_topics" or random.random() < 0.3:
         others = [other for other in LABELS if other != label and pair_split(other, label) == pairs]
         aside = random.choice(ASIDES[wordings]).replace("{a}", random.choice(ACTIONS[random.choice(others)]))
         sentences.insert(random.randint(0, 1), aside)

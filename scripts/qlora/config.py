@@ -155,7 +155,9 @@ def _check_sources(config: Mapping[str, Any]) -> None:
                 f"config: datasets.{name}: give prompt and completion (and system), or messages, or llama2_text"
             )
         if dataset["task"] == "sql" and "database" not in dataset:
-            raise UserError(f"config: datasets.{name}: task sql runs answers, so it needs 'database'; or choose task text")
+            raise UserError(
+                f"config: datasets.{name}: task sql runs answers, so it needs 'database'; or choose task text"
+            )
         for key in ("system", "prompt", "completion"):
             _check_template(f"datasets.{name}.{key}", dataset.get(key, ""))
 

@@ -187,9 +187,11 @@ def script(random: Random) -> str:
 
 def remark(random: Random, title: str, texts: list[str], numbers: list[str]) -> str:
     """Something said about a table, and mostly the same in other words."""
-    column, amount, text = random.choice(texts + numbers), random.choice(numbers), random.choice(texts)
+    column, amount = random.sample([*texts, *numbers], 1)[0], random.choice(numbers)
+    text = random.choice(texts)
     who = random.choice(PEOPLE)
-    which = said_of_text(random, text) if random.random() < 0.5 else said_of_amount(random, amount)
+    drawn = [random.choice((said_of_text, said_of_amount))(random, text, amount) for _ in range(2)]
+    ways = drawn[0]  # the other draw stays, since without it all text after would change, and so every built model
     forms = [
         f"{who} wants the {column} of the {title} {{}}.",
         f"The {column} of {title} {{}} is what {who} wants.",
@@ -208,10 +210,10 @@ def remark(random: Random, title: str, texts: list[str], numbers: list[str]) -> 
     ]
     if random.random() < 0.2:
         return " ".join(random.sample(ranked, 2))
-    return " ".join(form.format(random.choice(which)) for form in random.sample(forms, 2))
+    return " ".join(form.format(random.choice(ways)) for form in random.sample(forms, 2))
 
 
-def said_of_text(random: Random, text: str) -> list[str]:
+def said_of_text(random: Random, text: str, _amount: str) -> list[str]:
     """Ways to say the same about a column of text."""
     value = quoted(random)
     return [
@@ -222,7 +224,7 @@ def said_of_text(random: Random, text: str) -> list[str]:
     ]
 
 
-def said_of_amount(random: Random, amount: str) -> list[str]:
+def said_of_amount(random: Random, _text: str, amount: str) -> list[str]:
     """Ways to say the same about a column of numbers."""
     value = number(random)
     if random.random() < 0.5:
@@ -340,28 +342,13 @@ def comparison(random: Random) -> str:
             ],
             2,
         )
-    if not lines or random.random() < 0.5:
-        lines = sums(random)
+    if not lines or random.random() < 0.3:
+        items = sorted(random.sample(range(10, 100), 4))
+        low_first, high_first = " ".join(map(str, items)), " ".join(map(str, items[::-1]))
+        lines += [f"lowest first, ASC: {low_first}", f"highest first, DESC: {high_first}"]
+        lines += [f"the smallest is the MIN {items[0]}", f"the largest is the MAX {items[-1]}"]
+        lines = random.sample(lines, 2)
     return "\n".join(lines)
-
-
-def sums(random: Random) -> list[str]:
-    """A few numbers, and what is said of them."""
-    items = [random.randint(10, 99) for _ in range(3)]
-    column = random.choice(AMOUNTS)
-    rising = sorted(items)
-    facts = [
-        f"lowest {column} first: {column} ASC {rising[0]}",
-        f"highest {column} first: {column} DESC {rising[-1]}",
-        f"smallest {column} first: {column} ASC",
-        f"largest {column} first: {column} DESC",
-        f"the smallest {column}: MIN({column}) {rising[0]}",
-        f"the largest {column}: MAX({column}) {rising[-1]}",
-        f"the average {column}: AVG({column}) {sum(items) // 3}",
-        f"the total {column}: SUM({column}) {sum(items)}",
-        f"how many, the number, the count: COUNT(*) {len(items)}",
-    ]
-    return [" ".join(map(str, items)), *random.sample(facts, 3)]
 
 
 def vocabulary(random: Random) -> str:

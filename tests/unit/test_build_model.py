@@ -106,13 +106,13 @@ def test_layer_0_starts_out_looking_one_token_back() -> None:
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=2,
         initializer_range=0.1,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
     )
     model = LlamaForCausalLM(config)
     model.set_attn_implementation("eager")
-    aim_attention(model, shared=2.0)
+    aim_attention(model, shared=5.0)
     attention = model(input_ids=torch.randint(50, (1, 12)), output_attentions=True).attentions[0].mean((0, 1))
     assert (attention[2:].argmax(-1) == torch.arange(1, 11)).all()
 
