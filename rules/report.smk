@@ -1,9 +1,7 @@
 # In: all metrics, predictions, cards and records. Out: report/index.html, one file that opens offline.
 
 
-TEMPLATES = [f"{workflow.basedir}/report/index.html.j2"] + sorted(
-    str(path) for path in Path(workflow.basedir, "report").glob("*") if path.name != "index.html.j2"
-)
+TEMPLATES = ["report/index.html.j2", *sorted(map(str, Path("report").glob("[!.]*")))]
 
 
 rule report:
