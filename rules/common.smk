@@ -1,5 +1,4 @@
 # What the rules files share: the checked configuration, the names of what is run, and where things lie.
-import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from snakemake.exceptions import WorkflowError
 SCRIPTS = Path(workflow.basedir) / "scripts"
 sys.path.append(str(SCRIPTS))
 from qlora.code_hash import code_hash
-from qlora.config import check_pinned, checked_config, results_folder
+from qlora.config import check_pinned, checked_config, resolved_device, results_folder
 from qlora.errors import UserError
 from qlora.files import files_below
 
@@ -33,11 +32,16 @@ except UserError as error:
 RESULTS = results_folder(config)
 RUNS = {run["name"]: run for run in config["runs"]}
 BUILT = [name for name in used("models") if "build" in config["models"][name]["source"]]
-DEVICE = config["device"]
-if DEVICE == "auto":
-    DEVICE = "cuda" if shutil.which("nvidia-smi") and Path("/dev/nvidiactl").exists() else "cpu"
+DEVICE = resolved_device(config["device"])
 GPUS = 1 if DEVICE == "cuda" else 0
 CPU_THREADS = config["threads"]
+
+# What is evaluated, as it stands in the paths of predictions and metrics: the bases and the runs on each suite.
+SUBJECTS = [
+    f"{suite}/{subject}"
+    for suite in config["suites"]
+    for subject in [*(f"base/{model}" for model in used("models")), *(f"tuned/{run}" for run in RUNS)]
+]
 
 
 wildcard_constraints:
@@ -105,3 +109,27 @@ def tokens_of(wildcards):
 def datasets_of(wildcards):
     """Folders of the formatted datasets of a suite."""
     return collect("results/datasets/{dataset}", dataset=config["suites"][wildcards.suite]["datasets"])
+
+
+def hub_files_of_dataset(wildcards):
+    """Globs of the files that are needed from a hub dataset; all where the config names none."""
+    dataset = config["datasets"][wildcards.dataset]
+    needed = [*dataset.get("files", {}).values(), dataset.get("database", {}).get("file")]
+    return [name for name in needed if name] if "files" in dataset else []
+
+
+def datasets_of_mixture(wildcards):
+    """Folders of the formatted datasets of a mixture."""
+    return collect("results/datasets/{dataset}", dataset=config["mixtures"][wildcards.mixture]["datasets"])
+
+
+def shots_of(wildcards):
+    """Examples in the prompt of the few-shot baseline; 0 where the suite does not ask for it."""
+    suite = config["suites"][wildcards.suite]
+    return suite["shots"] if "few_shot" in suite["baselines"] else 0
+
+
+def tasks_of(wildcards):
+    """Dataset → what its answers are judged by, for a suite."""
+    datasets = config["suites"][wildcards.suite]["datasets"]
+    return {name: {key: config["datasets"][name][key] for key in ("task", "trivial")} for name in datasets}

@@ -1,11 +1,6 @@
 # In: results/datasets/{dataset}/ of a mixture. Out: mixtures/{mixture}/ with train and validation.jsonl, card.json.
 
 
-def datasets_of_mixture(wildcards):
-    """Folders of the formatted datasets of a mixture."""
-    return collect("results/datasets/{dataset}", dataset=config["mixtures"][wildcards.mixture]["datasets"])
-
-
 rule concatenate:
     input:
         datasets=datasets_of_mixture,

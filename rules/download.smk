@@ -2,13 +2,6 @@
 ruleorder: build > download_model
 
 
-def hub_files_of_dataset(wildcards):
-    """Globs of the files that are needed from a hub dataset; all where the config names none."""
-    dataset = config["datasets"][wildcards.dataset]
-    needed = [*dataset.get("files", {}).values(), dataset.get("database", {}).get("file")]
-    return [name for name in needed if name] if "files" in dataset else []
-
-
 rule download_model:
     input:
         local=local_files_of_model,

@@ -2,18 +2,6 @@
 # and, joined, metrics.csv, metrics.json and comparison.csv (tuned minus base and minus each baseline).
 
 
-def tasks_of(wildcards):
-    """Dataset → what its answers are judged by, for a suite."""
-    datasets = config["suites"][wildcards.suite]["datasets"]
-    return {name: {key: config["datasets"][name][key] for key in ("task", "trivial")} for name in datasets}
-
-
-EVALUATED = [
-    f"{RESULTS}/metrics/{suite}/{subject}"
-    for suite in config["suites"]
-    for subject in [*(f"base/{model}" for model in used("models")), *(f"tuned/{run}" for run in RUNS)]
-]
-
 BOOTSTRAPS = {name: suite["bootstrap"] for name, suite in config["suites"].items()}
 
 
@@ -76,8 +64,8 @@ rule evaluate_tuned:
 
 rule collect:
     input:
-        tables=[f"{path}.csv" for path in EVALUATED],
-        scores=[f"{path}.scores.jsonl" for path in EVALUATED],
+        tables=collect(f"{RESULTS}/metrics/{{subject}}.csv", subject=SUBJECTS),
+        scores=collect(f"{RESULTS}/metrics/{{subject}}.scores.jsonl", subject=SUBJECTS),
         training_logs=collect(f"{RESULTS}/runs/{{run}}/training_log.csv", run=RUNS),
     output:
         metrics=f"{RESULTS}/metrics.csv",

@@ -1,12 +1,6 @@
 # In: a base model, or a run's adapter on it, and the test rows of a suite. Out: predictions/{suite}/{base,tuned}/….jsonl.
 
 
-def shots_of(wildcards):
-    """Examples in the prompt of the few-shot baseline; 0 where the suite does not ask for it."""
-    suite = config["suites"][wildcards.suite]
-    return suite["shots"] if "few_shot" in suite["baselines"] else 0
-
-
 rule predict_base:
     input:
         model="results/sources/models/{model}",

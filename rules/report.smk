@@ -8,8 +8,8 @@ rule report:
     input:
         metrics=f"{RESULTS}/metrics.csv",
         comparison=f"{RESULTS}/comparison.csv",
-        predictions=[f"{path}.jsonl".replace("/metrics/", "/predictions/", 1) for path in EVALUATED],
-        scores=[f"{path}.scores.jsonl" for path in EVALUATED],
+        predictions=collect(f"{RESULTS}/predictions/{{subject}}.jsonl", subject=SUBJECTS),
+        scores=collect(f"{RESULTS}/metrics/{{subject}}.scores.jsonl", subject=SUBJECTS),
         datasets=collect("results/datasets/{dataset}", dataset=used("datasets")),
         mixtures=collect(f"{RESULTS}/mixtures/{{mixture}}", mixture=used("mixtures")),
         records=collect(f"{RESULTS}/runs/{{run}}/run.json", run=RUNS),

@@ -31,6 +31,13 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
+def resolved_device(wanted: str) -> str:
+    """What trains and predicts: cpu or cuda; `auto` is cuda where NVIDIA's driver is loaded on this machine."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
 def results_folder(config: Mapping[str, Any]) -> str:
     """Where the results of this configuration lie, relative to the working folder."""
     return f"results/experiments/{config['name']}" if config["name"] else "results"
