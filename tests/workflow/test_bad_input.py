@@ -3,6 +3,8 @@
 import pytest
 from workspaces import Workspace
 
+from qlora.files import sha256_of
+
 
 @pytest.mark.parametrize(
     ("overlay", "line"),
@@ -48,8 +50,10 @@ def test_bad_data_is_one_line_and_leaves_no_output(workspace: Workspace, overlay
 
 
 def test_an_empty_dataset_is_one_line(workspace: Workspace) -> None:
-    empty = workspace.write("data/empty.jsonl", "")
-    digest = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    workspace.write("overlay.yaml", f"datasets: {{sql: {{source: {{path: {empty}, sha256: {digest}}}}}}}\n")
+    workspace.write("data/examples/sql/train.jsonl", "")
+    digest = sha256_of(workspace.folder / "data/examples/sql")
+    workspace.write("overlay.yaml", f"datasets: {{sql: {{source: {{sha256: {digest}}}}}}}")
     shown = workspace.snakemake("--cores", "1", "results/datasets/sql", configs=("overlay.yaml",), expect=1).stdout
-    assert "has no rows" in shown
+    assert "format: error:" in shown
+    assert "train.jsonl: has no rows" in shown
+    assert not (workspace.folder / "results/datasets/sql").exists()
