@@ -95,6 +95,11 @@ def base_name_of(wildcards):
     return base_of(wildcards)["source"].get("hub", RUNS[wildcards.run]["model"])
 
 
+def licence_of(wildcards):
+    """The licence of a run's base model."""
+    return base_of(wildcards)["licence"]
+
+
 def model_of(wildcards):
     """Folder of the base model of a run."""
     return f"results/sources/models/{RUNS[wildcards.run]['model']}"

@@ -13,6 +13,7 @@ rule publish_run:
         code=code_of("publish_adapter.py"),
         repository=f"{PUBLISH_TO}-{{run}}" if PUBLISH_TO else "",
         base=base_name_of,
+        licence=licence_of,
         private=True,
     log:
         f"{RESULTS}/logs/publish/{{run}}.log",

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from qlora.conversations import Message
+from qlora.errors import UserError
 from qlora.files import read_jsonl, write_jsonl
 from qlora.models import load_quantized, set_threads
 from qlora.render import IGNORED, Format, Tokens, encode, load_tokenizer, padding_id, prompt_ids, segments, tokenized
@@ -107,20 +108,28 @@ def questions(
     lengths = map(len, encode(tokenizer, [row["messages"][-1]["content"] for row in train]))
     limit = min(max_new_tokens, max(lengths, default=max_new_tokens) + SLACK)
     room = context - limit
+    if room < 2:
+        raise UserError(f"{folder.name}: answers of {limit} tokens leave no room for a prompt; lower max_new_tokens")
     examples = few_shot_examples(train, shots) if shots else []
-    left_out = 0
+    left_out = cut = 0
     for row in read_jsonl(folder / "test.jsonl"):
         tokens = tokenized(segments(row["messages"], tokenizer, form), tokenizer, form)
+        cut += len(prompt_ids(tokens)) > room
         yield Question(subject, folder.name, row["id"], tokens, _cut(prompt_ids(tokens), room), limit, one_line=False)
         given = list(examples)
         while given:
-            messages = [*(turn for example in given for turn in example), *row["messages"]]
+            messages = [*(turn for example in given for turn in example if turn["role"] != "system"), *row["messages"]]
+            messages.sort(key=lambda turn: turn["role"] != "system")  # the row's own system message stands first
             prompt = prompt_ids(tokenized(segments(messages, tokenizer, form), tokenizer, form))
             if len(prompt) <= room or len(given) == 1:
                 prompt = _cut(prompt, room)
                 yield Question("few_shot", folder.name, row["id"], tokens, prompt, limit, _one_line(examples))
                 break
             given, left_out = given[1:], left_out + 1
+    if cut:
+        log.info(
+            "%s: %d prompts cut on the left to %d tokens, all that the model's context has", folder.name, cut, room
+        )
     if left_out:
         log.info(
             "%s: %d examples left out of few-shot prompts, which have %d tokens of room", folder.name, left_out, room

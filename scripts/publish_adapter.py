@@ -16,7 +16,7 @@ from qlora.files import read_json, write_json
 
 
 def publish_adapter(
-    adapter: Path, record: Path, metrics: Path, receipt: Path, repository: str, base: str, private: bool
+    adapter: Path, record: Path, metrics: Path, receipt: Path, repository: str, base: str, licence: str, private: bool
 ) -> None:
     """Upload an adapter and its card in one commit, and write the commit's address into `receipt`.
 
@@ -28,7 +28,9 @@ def publish_adapter(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "upload"
         shutil.copytree(adapter, folder)
-        (folder / "README.md").write_text(card(run, metrics, base), encoding="utf-8")
+        pointing = {"base_model_name_or_path": base, "revision": run["pins"]["model"]["source"].get("revision")}
+        write_json(folder / "adapter_config.json", {**read_json(folder / "adapter_config.json"), **pointing})
+        (folder / "README.md").write_text(card(run, metrics, base, licence), encoding="utf-8")
         write_json(folder / "run.json", run)
         api = HfApi()
         try:
@@ -43,7 +45,7 @@ def publish_adapter(
     log.info("published as %s at %s", repository, commit.oid)
 
 
-def card(run: dict[str, Any], metrics: Path, base: str) -> str:
+def card(run: dict[str, Any], metrics: Path, base: str, licence: str) -> str:
     """The model card: base, recipe and results with intervals, as Markdown with the hub's metadata in front."""
     with metrics.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["run"] == run["name"]]
@@ -51,8 +53,8 @@ def card(run: dict[str, Any], metrics: Path, base: str) -> str:
         f"---\nbase_model: {base}\nlibrary_name: peft\n---",
         f"# {run['name']}\n",
         f"A QLoRA adapter for `{base}`: mixture {run['mixture']}, recipe {run['recipe']},"
-        f" seed {run['seed']}, {run['steps']} steps.\n",
-        "| test set | slice | metric | value | 95% interval | n |\n|---|---|---|---|---|---|",
+        f" seed {run['seed']}, {run['steps']} steps. Licence of the base: {licence}.\n",
+        "| test set | slice | metric | value | interval | n |\n|---|---|---|---|---|---|",
         *(
             f"| {row['dataset']} | {row['slice']} | {row['metric']} | {float(row['value']):.3f}"
             f" | {float(row['ci_low']):.3f} to {float(row['ci_high']):.3f} | {row['n']} |"

@@ -3,6 +3,7 @@
 from qlora.stage import Progress, log, run_stage
 
 import csv
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -52,10 +53,10 @@ def train_run(
     set_threads(threads, device)
     settings, pins = run["settings"], _pins(model, tokens)
     key = digest(settings, run["seed"], pins, versions(), device, threads, attention, code)
-    folder = Path(checkpoints) / key
+    folder = Path(checkpoints) / f"{run['name']}-{key}"
     trainer = make_trainer(model, tokens, settings, run["seed"], attention, device, folder, tensorboard)
     trainer.add_callback(ShowProgress(f"train {run['name']}"))
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_whole_checkpoint(folder)
     log.info("checkpoints in %s; %s", folder, f"going on from {last}" if last else "starting at step 0")
     trainer.train(resume_from_checkpoint=last)
     if not any(
@@ -89,6 +90,19 @@ def train_run(
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end, or None; what a kill left half-written is removed."""
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+        try:
+            read_json(Path(last) / "trainer_state.json")  # written last
+        except (FileNotFoundError, json.JSONDecodeError):
+            log.info("%s is not whole, and is removed", last)
+            shutil.rmtree(last)
+        else:
+            return last
+    return None
+
+
 def _pins(model: Path, tokens: Path) -> dict[str, Any]:
     """What was trained on: the base's files by SHA-256, and the tokenised rows."""
     source = read_json(model / "source.json")
@@ -119,12 +133,15 @@ class ShowProgress(TrainerCallback):
     def __init__(self, what: str) -> None:
         self.what = what
         self.progress: Progress | None = None
+        self.first = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:  # noqa: ARG002 (the trainer's)
         """Called by the trainer after each optimiser step."""
-        self.progress = self.progress or Progress(state.max_steps, self.what, "steps")
+        if self.progress is None:
+            self.first = state.global_step - 1  # above 0 where it went on from a checkpoint
+            self.progress = Progress(state.max_steps - self.first, self.what, "steps")
         loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-        self.progress.update(state.global_step, f", loss {loss:.3f}" if loss is not None else "")
+        self.progress.update(state.global_step - self.first, f", loss {loss:.3f}" if loss is not None else "")
 
 
 class Trainer(SFTTrainer):

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from qlora.errors import UserError
 from qlora.render import IGNORED
 
 TILE = 2048  # positions whose logits exist at a time
@@ -20,7 +21,10 @@ def add_supervised_loss(network: PreTrainedModel) -> None:
     wrappers around the model (PEFT, Accelerate) keep working. (TRL's own tiles score all positions on a CPU.)
     """
     original = network.forward
-    softcap = getattr(network.config.get_text_config(), "final_logit_softcapping", None)
+    config = network.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if any(getattr(config, name, 1.0) not in (None, 1.0) for name in ("logit_scale", "logits_scaling")):
+        raise UserError(f"{config.model_type}: this family scales its logits, which the loss here does not")
 
     @functools.wraps(type(network).forward)
     def forward(self: PreTrainedModel, *args: Any, loss_items: Any = None, **rest: Any) -> Any:

@@ -25,7 +25,7 @@ def compute_dtype(wanted: str, device: str) -> torch.dtype:
 
 
 def load_quantized(folder: Path, quantization: Mapping[str, Any], device: str, attention: str) -> PreTrainedModel:
-    """The frozen base in 4 bits (QLoRA, arXiv 2305.14314, section 3), with the number of quantised layers checked.
+    """The frozen base in 4 bits (QLoRA, arXiv 2305.14314, section 3), refused where no layer was quantised.
 
     `quantization` is the config's entry: type, double, compute_dtype. Raises UserError where no layer was quantised.
     """

@@ -7,6 +7,7 @@ from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.conversations import Message
@@ -96,7 +97,13 @@ def _from_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBa
 
     def render(upto: int, generate: bool) -> str:
         turns: list[Any] = list(messages[:upto])
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
+        except jinja2.TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise UserError(
+                f"{tokenizer.name_or_path}: its chat template refuses the roles {roles} ({error})"
+            ) from error
 
     def append(text: str, supervised: bool) -> None:
         nonlocal done

@@ -114,7 +114,7 @@ def _parameters(function: Callable[..., object]) -> dict[str, tuple[Any, Any]]:
 
 def _arguments_of_job(function: Callable[..., object], job: Any) -> dict[str, Any]:
     """The job's named inputs, outputs and params that the function takes, paths as Path."""
-    given = {**dict(job.input.items()), **dict(job.output.items()), **dict(job.params.items()), "threads": job.threads}
+    given = {**dict(job.input.items()), **dict(job.output.items()), **dict(job.params.items())}
     return {
         name: _as_paths(given[name], hint)
         for name, (hint, default) in _parameters(function).items()

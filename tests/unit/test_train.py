@@ -125,6 +125,17 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_adapter(case: Case, mon
     assert record["tokens"] == read_json(whole / "run.json")["tokens"]
 
 
+def test_a_half_written_checkpoint_is_removed_and_the_one_before_it_taken(tmp_path: Path) -> None:
+    assert stage.last_whole_checkpoint(tmp_path / "none") is None
+    for step, state in ((2, "{}"), (4, '{"global_st'), (6, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert stage.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
 def test_adapters_are_fp32_and_move_at_a_small_learning_rate_while_the_base_stays(case: Case) -> None:
     trainer = case.trainer(learning_rate=1e-5, max_steps=3)
     layers = [module for module in trainer.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
