@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from qlora.errors import UserError
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress on a terminal
+STOP_REQUESTS = (signal.SIGINT, signal.SIGTERM)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forking after its threads exist prints a warning a call
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -67,8 +68,24 @@ def _fail(kind: type[BaseException], error: BaseException, trace: types.Tracebac
     print(f"{what}: error: {line}", file=console, flush=True)
 
 
+def _interrupt(_number: int, _frame: types.FrameType | None) -> None:
+    """Turn the first request to stop, Ctrl-C or Snakemake's, into an exception, so that half-written files go.
+
+    Both arrive on a Ctrl-C under Snakemake: the second must not cut off the removal, or the line that says so.
+    """
+    for request in STOP_REQUESTS:
+        signal.signal(request, _already_stopping)
+    raise KeyboardInterrupt
+
+
+def _already_stopping(_number: int, _frame: types.FrameType | None) -> None:
+    """Nothing more to do; a Python function, since Python complains of a pending signal that is now ignored."""
+
+
 console = _open_console()
 sys.excepthook = _fail
+for _request in STOP_REQUESTS:
+    signal.signal(_request, _interrupt)
 logging.basicConfig(
     level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
 )
@@ -95,15 +112,10 @@ class Progress:
 
 def run_stage(function: Callable[..., object]) -> None:
     """Call a stage's function with the job's inputs, outputs, params and threads, or with command line options."""
-    signal.signal(signal.SIGTERM, _terminate)
     job = _job()
     arguments = _arguments_of_job(function, job) if job else _arguments_of_command_line(function)
     function(**arguments)
 
-
-def _terminate(_number: int, _frame: types.FrameType | None) -> None:
-    """Turn Snakemake's request to stop into an exception, so that half-written files are removed."""
-    raise KeyboardInterrupt
 
 
 def _parameters(function: Callable[..., object]) -> dict[str, tuple[Any, Any]]:

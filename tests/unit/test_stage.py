@@ -158,6 +158,40 @@ def test_interrupt_by_hand_is_one_line_and_leaves_no_litter(folder, number):
     assert not list(folder.glob("*out.txt*")) + list(folder.glob(".out.txt*"))
 
 
+def test_a_second_request_to_stop_cuts_off_neither_the_removal_nor_the_line(folder):
+    script = folder / "scripts" / "copy.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, signal, sys
+        from qlora import stage
+        from pathlib import Path
+
+        class AskedAgain:
+            def write(self, text: str) -> int:
+                os.kill(os.getpid(), signal.SIGINT)
+                return sys.stderr.write(text)
+
+            def flush(self) -> None:
+                sys.stderr.flush()
+
+        def stop(target: Path) -> None:
+            target.touch()
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                target.unlink()
+
+        stage.console = AskedAgain()
+        stage.run_stage(stop)
+        """)
+    )
+    done = by_hand(folder, "--target", "out.txt")
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.splitlines() == ["copy: error: interrupted; start again to go on"]
+    assert not (folder / "out.txt").exists()
+
+
 def test_full_disk_is_told_by_name(folder):
     script = folder / "scripts" / "copy.py"
     script.write_text(
