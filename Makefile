@@ -7,10 +7,10 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
   $$python -c "" >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs lock clean venv
+.PHONY: help demo test lint docs lock clean-cache clean venv
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: venv ## run the embedded default and say where its report is (CORES=all)
 	@$(BIN)/snakemake --cores $(CORES) --quiet host reason
@@ -32,6 +32,9 @@ docs: venv ## write docs/config.md from the schema, and the results table of REA
 
 lock: ## resolve pyproject.toml into the locks and the conda environments (UPGRADE=1: to newest versions)
 	@$(PYTHON) tools/lock.py $(if $(UPGRADE),--upgrade)
+
+clean-cache: ## remove checkpoints and the finished runs that are kept for another time
+	rm -rf results/finished results/checkpoints
 
 clean: ## remove .venv and caches, and keep results
 	rm -rf .venv .venv-install.log .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ configfile: "config/config.yaml"
 include: "rules/common.smk"
 include: "rules/build.smk"
 include: "rules/download.smk"
+include: "rules/preflight.smk"
 include: "rules/format.smk"
 include: "rules/concatenate.smk"
 include: "rules/tokenize.smk"
@@ -26,6 +27,10 @@ include: "rules/publish.smk"
 
 localrules:
     all,
+
+
+onsuccess:
+    trim(Path(FINISHED), config["finished_runs"])
 
 
 rule all:

@@ -10,6 +10,7 @@ from qlora.code_hash import code_hash
 from qlora.config import check_pinned, checked_config, resolved_device, results_folder
 from qlora.errors import UserError
 from qlora.files import files_below
+from qlora.finished import trim
 
 
 def used(kind):
@@ -30,6 +31,7 @@ except UserError as error:
     raise WorkflowError(str(error)) from None
 
 RESULTS = results_folder(config)
+FINISHED = "results/finished"
 RUNS = {run["name"]: run for run in config["runs"]}
 BUILT = [name for name in used("models") if "build" in config["models"][name]["source"]]
 DEVICE = resolved_device(config["device"])
@@ -90,6 +92,11 @@ def attention_of(wildcards):
     return base_of(wildcards)["attention"]
 
 
+def system_of(wildcards):
+    """Where a system message goes in the prompts of a job's model."""
+    return base_of(wildcards)["system"]
+
+
 def base_name_of(wildcards):
     """What a run's base model is called on the hub, or here where it is not from there."""
     return base_of(wildcards)["source"].get("hub", RUNS[wildcards.run]["model"])
@@ -103,6 +110,26 @@ def licence_of(wildcards):
 def model_of(wildcards):
     """Folder of the base model of a run."""
     return f"results/sources/models/{RUNS[wildcards.run]['model']}"
+
+
+def preflight_of(wildcards):
+    """What the preflight of a run's base model found."""
+    return f"{RESULTS}/preflight/{RUNS[wildcards.run]['model']}.json"
+
+
+def targets_of(wildcards):
+    """What the runs of a model give adapters to, each once: so another run with the same targets changes no report.
+
+    Not `ancient` reports in other rules: Snakemake 9.27 then leaves out a new run's jobs while a preflight is due.
+    """
+    wanted = [run["settings"]["lora"]["target_modules"] for run in RUNS.values() if run["model"] == wildcards.model]
+    return [target for place, target in enumerate(wanted) if target not in wanted[:place]]
+
+
+def with_system_of(wildcards):
+    """Whether a dataset that a model is trained on declares a system message; one in a column shows while tokenising."""
+    mixtures = [config["mixtures"][run["mixture"]] for run in RUNS.values() if run["model"] == wildcards.model]
+    return any("system" in config["datasets"][name] for mixture in mixtures for name in mixture["datasets"])
 
 
 def tokens_of(wildcards):
@@ -126,6 +153,12 @@ def hub_files_of_dataset(wildcards):
 def datasets_of_mixture(wildcards):
     """Folders of the formatted datasets of a mixture."""
     return collect("results/datasets/{dataset}", dataset=config["mixtures"][wildcards.mixture]["datasets"])
+
+
+def datasets_of_suites(wildcards):
+    """Folders of the formatted datasets that the runs are evaluated on: a mixture may hold none of their prompts."""
+    tested = [name for suite in config["suites"].values() for name in suite["datasets"]]
+    return collect("results/datasets/{dataset}", dataset=list(dict.fromkeys(tested)))
 
 
 def shots_of(wildcards):

@@ -1,9 +1,11 @@
-# In: results/datasets/{dataset}/ of a mixture. Out: mixtures/{mixture}/ with train and validation.jsonl, card.json.
+# In: results/datasets/{dataset}/ of a mixture, and of all suites for their held-out prompts.
+# Out: mixtures/{mixture}/ with train and validation.jsonl, card.json.
 
 
 rule concatenate:
     input:
         datasets=datasets_of_mixture,
+        evaluated=datasets_of_suites,
     output:
         mixture=directory(f"{RESULTS}/mixtures/{{mixture}}"),
     params:
@@ -19,6 +21,6 @@ rule concatenate:
     conda:
         "../envs/concatenate.yaml"
     message:
-        "concatenate {wildcards.mixture}"
+        "concatenate {wildcards.mixture}: rows weighed and shuffled, held-out prompts left out"
     script:
         "../scripts/concatenate_mixture.py"

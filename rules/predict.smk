@@ -4,6 +4,7 @@
 rule predict_base:
     input:
         model="results/sources/models/{model}",
+        preflight=f"{RESULTS}/preflight/{{model}}.json",
         datasets=datasets_of,
     output:
         predictions=f"{RESULTS}/predictions/{{suite}}/base/{{model}}.jsonl",
@@ -11,9 +12,11 @@ rule predict_base:
         code=code_of("predict_rows.py"),
         adapter=None,
         form=form_of,
+        system=system_of,
         quantization=lookup(dpath="suites/{suite}/quantization", within=config),
         attention=attention_of,
         shots=shots_of,
+        overlong=lookup(dpath="suites/{suite}/overlong", within=config),
         max_new_tokens=lookup(dpath="suites/{suite}/max_new_tokens", within=config),
         batch_size=lookup(dpath="suites/{suite}/batch_size", within=config),
         device=DEVICE,
@@ -43,9 +46,11 @@ rule predict_tuned:
     params:
         code=code_of("predict_rows.py"),
         form=form_of,
+        system=system_of,
         quantization=lookup(dpath="{run}/settings/quantization", within=RUNS),
         attention=attention_of,
         shots=0,
+        overlong=lookup(dpath="suites/{suite}/overlong", within=config),
         max_new_tokens=lookup(dpath="suites/{suite}/max_new_tokens", within=config),
         batch_size=lookup(dpath="suites/{suite}/batch_size", within=config),
         device=DEVICE,

@@ -1,19 +1,25 @@
-# In: mixtures/{mixture}/ and a base model's tokenizer. Out: tokens/{model}/{mixture}/ with ids and labels as Arrow, card.json.
+# In: mixtures/{mixture}/, a base model's tokenizer, and its preflight: nothing is made for a model that fails it.
+# Out: tokens/{model}/{mixture}/ with ids and labels as Arrow, card.json.
 
 
 rule tokenize:
     input:
         mixture=f"{RESULTS}/mixtures/{{mixture}}",
         model="results/sources/models/{model}",
+        preflight=f"{RESULTS}/preflight/{{model}}.json",
     output:
         tokens=directory(f"{RESULTS}/tokens/{{model}}/{{mixture}}"),
     params:
         code=code_of("tokenize_mixture.py"),
         form=form_of,
+        system=system_of,
         max_length=lookup(dpath="mixtures/{mixture}/max_length", within=config),
         overlong=lookup(dpath="mixtures/{mixture}/overlong", within=config),
+        lossy=lookup(dpath="mixtures/{mixture}/lossy", within=config),
+        threads=CPU_THREADS,
     log:
         f"{RESULTS}/logs/tokenize/{{model}}-{{mixture}}.log",
+    threads: CPU_THREADS
     resources:
         mem_mb=4000,
         runtime=120,

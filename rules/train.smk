@@ -1,4 +1,4 @@
-# In: a base model and a tokenised mixture. Out: runs/{run}/ with adapter/, run.json and training_log.csv.
+# In: a base model, its preflight and a tokenised mixture. Out: runs/{run}/ with adapter/, run.json, training_log.csv, samples.jsonl.
 # Checkpoints lie outside, since Snakemake deletes declared outputs before a job.
 
 
@@ -6,10 +6,12 @@ rule train:
     input:
         model=model_of,
         tokens=tokens_of,
+        preflight=preflight_of,
     output:
         adapter=directory(f"{RESULTS}/runs/{{run}}/adapter"),
         record=f"{RESULTS}/runs/{{run}}/run.json",
         training_log=f"{RESULTS}/runs/{{run}}/training_log.csv",
+        samples=f"{RESULTS}/runs/{{run}}/samples.jsonl",
     params:
         code=code_of("train_run.py"),
         run=lookup(dpath="{run}", within=RUNS),
@@ -17,6 +19,7 @@ rule train:
         device=DEVICE,
         threads=CPU_THREADS,
         checkpoints="results/checkpoints",
+        finished=FINISHED,
         tensorboard=f"{RESULTS}/logs/tensorboard/{{run}}",
     log:
         f"{RESULTS}/logs/train/{{run}}.log",

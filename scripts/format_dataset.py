@@ -2,20 +2,43 @@
 
 from qlora.stage import run_stage
 
+import hashlib
+import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from qlora.conversations import column_value, conversation, prompt_hash, unusable
+from qlora.conversations import (
+    ALPACA,
+    Message,
+    check_label,
+    column_text,
+    columns_of,
+    conversation,
+    prompt_hash,
+    unusable,
+)
 from qlora.errors import UserError
-from qlora.files import files_below, replacing, write_json, write_jsonl
+from qlora.files import files_below, replacing, write_json
 from qlora.readers import read_rows
 
 SPLITS = ("train", "validation", "test")
-LEAKS = {"validation": "validation prompt stands in test", "train": "training prompt stands in validation or test"}
-Rows = dict[str, list[dict[str, Any]]]  # split → rows; a row carries its prompt's hash until it is written
+HELD_FROM = {"validation": ("test",), "train": ("test", "validation")}  # no prompt of a split may stand in these
+
+
+class Row(NamedTuple):
+    """A row in the canonical form, as the line that is written, and what decides its side."""
+
+    prompt: str  # the prompt's hash
+    content: bytes  # digest over all of its messages
+    slice: str
+    line: str
+
+
+Rows = dict[str, list[Row]]
+Dropped = dict[str, Counter[str]]  # split → reason → rows
 
 
 def format_dataset(source: Path, dataset: Path, name: str, settings: Mapping[str, Any]) -> None:
@@ -25,42 +48,35 @@ def format_dataset(source: Path, dataset: Path, name: str, settings: Mapping[str
     taken from the training rows by the hash of the normalised prompt. Equal prompts are never on two sides: a training
     row whose prompt stands in validation or test is dropped, and so is a validation row whose prompt stands in test.
     """
-    dropped: Counter[str] = Counter()
+    dropped: Dropped = {split: Counter() for split in SPLITS}
     files = split_files(source, name, settings.get("files"))
     rows: Rows = {split: [] for split in SPLITS}
-    read: dict[str, int] = {}
-    for split, paths in files.items():
-        before = dropped.total()
-        for path in paths:
-            rows[split] += _read(path, source, settings, dropped)
-        read[split] = len(rows[split]) + dropped.total() - before
-    rows = without_leaks(rows, dropped)  # before rows are held out, or one that leaks could be among them
-    for split in ("validation", "test"):
-        if split not in files:
-            rows["train"], rows[split] = held_out(rows["train"], split, settings["holdout"][split])
-    for split, most in settings["limit"].items():
-        dropped[f"over the limit of {split}"] += max(0, len(rows[split]) - most)
-        rows[split] = limited(rows[split], most)
-    if not rows["train"] and not rows["test"]:
-        raise UserError(f"dataset '{name}': no row is left of {sum(read.values())} read; dropped: {dict(+dropped)}")
-    if "column" in settings.get("database", {}):
-        _check_databases(rows["test"], settings["database"]["column"])
+    read = dict.fromkeys(SPLITS, 0)
     with replacing(dataset) as folder:
         folder.mkdir()
-        database = settings.get("database", {}).get("file")
-        if database:
-            given = _one_file(source, database, name)
-            database = given.name
-            shutil.copyfile(given, folder / database)
+        database = _copied_database(source, folder, dataset, name, settings)
+        for split, paths in files.items():
+            for path in paths:
+                rows[split] += _read(path, source, name, settings, database, dropped[split])
+            read[split] = len(rows[split]) + dropped[split].total()
+        rows = without_leaks(rows, dropped)  # before rows are held out, or one that leaks could be among them
+        held = {}
+        for split in ("validation", "test"):
+            if split not in files:
+                rows["train"], rows[split] = held_out(rows["train"], split, settings["holdout"][split])
+                held[split] = len(rows[split])
+        for split, most in settings["limit"].items():
+            dropped[split]["over the limit"] += max(0, len(rows[split]) - most)
+            rows[split] = limited(rows[split], most)
+        if not rows["train"] and not rows["test"]:
+            reasons = dict(+sum(dropped.values(), Counter()))
+            raise UserError(f"dataset '{name}': no row is left of {sum(read.values())} read; dropped: {reasons}")
+        if "column" in settings.get("database", {}):
+            _check_databases(rows["test"], settings["database"]["column"])
         for split in SPLITS:
-            for row in rows[split]:
-                if database:
-                    row["database"] = str(dataset / database)
-            write_jsonl(
-                folder / f"{split}.jsonl",
-                ({key: value for key, value in row.items() if key != "hash"} for row in rows[split]),
-            )
-        write_json(folder / "card.json", _card(name, settings, read, rows, dropped))
+            with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(row.line for row in rows[split])
+        write_json(folder / "card.json", _card(name, settings, read, held, rows, dropped))
 
 
 def split_files(source: Path, name: str, patterns: Mapping[str, str] | None) -> dict[str, list[Path]]:
@@ -74,22 +90,35 @@ def split_files(source: Path, name: str, patterns: Mapping[str, str] | None) -> 
             )
         return {"train": files}
     found = {split: sorted(set(source.glob(pattern)) - {record}) for split, pattern in patterns.items()}
+    owner: dict[Path, str] = {}
     for split, paths in found.items():
         if not paths:
             raise UserError(f"config: datasets.{name}.files.{split}: nothing in {source} matches '{patterns[split]}'")
+        for path in paths:
+            if owner.setdefault(path, split) != split:
+                where = path.relative_to(source)
+                raise UserError(
+                    f"config: datasets.{name}.files: {where} is in {owner[path]} and in {split}; choose one"
+                )
     return found
 
 
-def _one_file(source: Path, pattern: str, name: str) -> Path:
-    path = source / pattern
-    if not path.is_file():
-        raise UserError(f"config: datasets.{name}.database.file: {path} does not exist")
-    return path
+def _copied_database(source: Path, folder: Path, dataset: Path, name: str, settings: Mapping[str, Any]) -> str | None:
+    """Copy the database file of a dataset beside its rows; its path there, or None where the config names none."""
+    pattern = settings.get("database", {}).get("file")
+    if not pattern:
+        return None
+    given = source / pattern
+    if not given.is_file():
+        raise UserError(f"config: datasets.{name}.database.file: {given} does not exist")
+    shutil.copyfile(given, folder / given.name)
+    return str(dataset / given.name)
 
 
-def _read(path: Path, source: Path, settings: Mapping[str, Any], dropped: Counter[str]) -> list[dict[str, Any]]:
-    """All usable rows of a file in the canonical form; what cannot be used is counted in `dropped`."""
-    rows = []
+def _read(
+    path: Path, source: Path, name: str, settings: Mapping[str, Any], database: str | None, dropped: Counter[str]
+) -> Iterator[Row]:
+    """All usable rows of a file in the canonical form; others are refused, or counted in `dropped`."""
     column = settings.get("database", {}).get("column")
     where = path.relative_to(source) if path != source else Path(path.name)
     for number, given in read_rows(path):
@@ -97,71 +126,110 @@ def _read(path: Path, source: Path, settings: Mapping[str, Any], dropped: Counte
         messages = conversation(given, settings, place)
         reason = unusable(messages)
         if reason:
+            if settings["unusable_rows"] == "refuse":
+                raise UserError(
+                    f"{place}, {_columns(settings, reason)}: {reason}; mend the row, or set"
+                    f" datasets.{name}.unusable_rows: drop, which leaves such rows out and counts them"
+                )
             dropped[reason] += 1
             continue
-        row = {
+        if "labels" in settings:
+            check_label(messages[-1]["content"], settings["labels"], f"{place}, {_columns(settings, 'empty answer')}")
+        row: dict[str, Any] = {
             "id": f"{where.as_posix()}:{number}",
-            "slice": str(column_value(given, settings["slice"], place)) if "slice" in settings else "",
+            "slice": column_text(given, settings["slice"], place) if "slice" in settings else "",
             "messages": messages,
-            "hash": prompt_hash(messages),
         }
-        if column and given.get(column):
-            row["database"] = given[column]
-        rows.append(row)
-    return rows
+        if database or (column and given.get(column)):
+            row["database"] = database or column_text(given, column, place)
+        yield Row(
+            prompt_hash(messages), content_digest(messages), row["slice"], json.dumps(row, ensure_ascii=False) + "\n"
+        )
 
 
-def held_out(rows: list[dict[str, Any]], split: str, share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _columns(settings: Mapping[str, Any], reason: str) -> str:
+    """The columns that a reason to refuse a row is about."""
+    for key in ("messages", "llama2_text"):
+        if key in settings:
+            return f"column '{settings[key]}'"
+    templates = ALPACA if settings.get("alpaca") else settings
+    names = columns_of(templates["prompt" if reason == "has no prompt" else "completion"])
+    return "column " + ", ".join(f"'{name}'" for name in names)
+
+
+def content_digest(messages: list[Message]) -> bytes:
+    """A digest over roles and texts: rows that share it are the same example."""
+    return hashlib.sha256(json.dumps([(turn["role"], turn["content"]) for turn in messages]).encode()).digest()
+
+
+def held_out(rows: list[Row], split: str, share: float) -> tuple[list[Row], list[Row]]:
     """Rows that stay and rows that are held out: those whose prompt's hash falls into the split's own share.
 
     Test takes the low end of the hashes and validation the high one, so neither moves the other.
     """
 
-    def is_held_out(row: Mapping[str, Any]) -> bool:
-        place = int(row["hash"][:13], 16) / 16**13
+    def is_held_out(row: Row) -> bool:
+        place = int(row.prompt[:13], 16) / 16**13
         return place < share if split == "test" else place >= 1 - share
 
     return [row for row in rows if not is_held_out(row)], [row for row in rows if is_held_out(row)]
 
 
-def without_leaks(rows: Rows, dropped: Counter[str]) -> Rows:
+def without_leaks(rows: Rows, dropped: Dropped) -> Rows:
     """The rows without those whose prompt stands in a split that is held out from theirs; these are counted."""
     kept = {"test": rows["test"]}
-    seen = {row["hash"] for row in rows["test"]}
-    for split, leak in LEAKS.items():
-        kept[split] = [row for row in rows[split] if row["hash"] not in seen]
-        dropped[leak] += len(rows[split]) - len(kept[split])
-        seen |= {row["hash"] for row in kept[split]}
+    prompts = {"test": {row.prompt for row in rows["test"]}}
+    for split, others in HELD_FROM.items():
+        kept[split] = []
+        for row in rows[split]:
+            leak = next((other for other in others if row.prompt in prompts[other]), None)
+            if leak:
+                dropped[split][f"prompt stands in {leak}"] += 1
+            else:
+                kept[split].append(row)
+        prompts[split] = {row.prompt for row in kept[split]}
     return kept
 
 
-def limited(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most `most` rows, chosen by the prompt's hash, in their own order."""
-    chosen = {row["id"] for row in sorted(rows, key=lambda row: row["hash"])[:most]}
-    return [row for row in rows if row["id"] in chosen]
+def limited(rows: list[Row], most: int) -> list[Row]:
+    """At most `most` rows, chosen by their content in the order of the prompts' hashes, in their own order."""
+    chosen = sorted(range(len(rows)), key=lambda index: (rows[index].prompt, rows[index].content))[:most]
+    return [rows[index] for index in sorted(chosen)]
 
 
-def _check_databases(rows: list[dict[str, Any]], column: str) -> None:
+def _check_databases(rows: list[Row], column: str) -> None:
     """Raise UserError for a test row without the database that its answer is to be run on."""
-    for row in rows:
+    for row in map(json.loads, (row.line for row in rows)):
         if "database" not in row:
             raise UserError(f"{row['id']}: nothing in column '{column}', which the config names as database")
 
 
 def _card(
-    name: str, settings: Mapping[str, Any], read: Mapping[str, int], rows: Rows, dropped: Counter[str]
+    name: str,
+    settings: Mapping[str, Any],
+    read: Mapping[str, int],
+    held: Mapping[str, int],
+    rows: Rows,
+    dropped: Dropped,
 ) -> dict[str, Any]:
+    """What the dataset is, and for each split: read + held out - given up to the held out = kept + dropped."""
     return {
         "dataset": name,
         "source": settings["source"],
         "licence": settings["licence"],
         "task": settings["task"],
         "read": dict(read),
+        "held out of train": dict(held),
         "kept": {split: len(rows[split]) for split in SPLITS},
-        "slices": {
-            split: dict(sorted(Counter(row["slice"] or "all" for row in rows[split]).items())) for split in SPLITS
+        "repeated": {
+            split: {
+                "prompt and answers": len(rows[split]) - len({row.content for row in rows[split]}),
+                "prompt": len(rows[split]) - len({row.prompt for row in rows[split]}),
+            }
+            for split in SPLITS
         },
-        "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
+        "slices": {split: dict(sorted(Counter(row.slice or "all" for row in rows[split]).items())) for split in SPLITS},
+        "dropped": {split: dict(sorted((+dropped[split]).items())) for split in SPLITS},
     }
 
 

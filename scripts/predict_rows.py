@@ -4,18 +4,31 @@ from qlora.stage import Progress, log, run_stage
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from qlora.conversations import Message
+from qlora.conversations import Message, placed_system
+from qlora.encoding import encode, plain
 from qlora.errors import UserError
 from qlora.files import read_jsonl, write_jsonl
+from qlora.generation import greedy
 from qlora.models import load_quantized, set_threads
-from qlora.render import IGNORED, Format, Tokens, encode, load_tokenizer, padding_id, prompt_ids, segments, tokenized
+from qlora.render import (
+    IGNORED,
+    Format,
+    Segment,
+    Tokens,
+    load_tokenizer,
+    padding_id,
+    prompt_ids,
+    rows_of,
+    stop_ids,
+    tokenized,
+)
 
 SLACK = 8  # tokens that an answer may be longer than the longest training answer of its dataset
 LOSS_TOKENS = 16_384  # padded tokens of a batch when the likelihood of answers is computed
@@ -32,6 +45,7 @@ class Question:
     prompt: list[int]
     limit: int  # tokens that may be generated
     one_line: bool  # the answer ends with its line, as the examples in the prompt show
+    mark: str  # the answer itself begins behind this word, such as `</think>`; "" where it begins at once
 
 
 def predict_rows(
@@ -47,12 +61,16 @@ def predict_rows(
     batch_size: int,
     device: str,
     threads: int,
+    system: str = "template",
+    overlong: str = "refuse",
 ) -> None:
     """Write a prediction for each test row of the formatted `datasets`, a row a line.
 
     Without `adapter` the subject is the base, and with `shots` above 0 also the base with that many training rows in
     its prompt. Decoding is greedy, up to the longest training answer of the dataset and some tokens more, and at most
-    `max_new_tokens`. `nll` is in nats over the answer's tokens, its stop token included.
+    `max_new_tokens`. `nll` is in nats over the answer's tokens, its stop token included. `system` is where a system
+    message goes. A row that does not fit into the model's context is an error, or its prompt is cut on the left, as
+    `overlong` says.
     """
     set_threads(threads, device)
     tokenizer = load_tokenizer(model)
@@ -65,9 +83,11 @@ def predict_rows(
     asked = [
         question
         for folder in datasets
-        for question in questions(folder, subject, tokenizer, form, shots, max_new_tokens, context)
+        for question in questions(
+            folder, subject, tokenizer, form, shots, max_new_tokens, context, system=system, overlong=overlong
+        )
     ]
-    stops = stop_ids(network, tokenizer)
+    stops = stop_ids(tokenizer, form) | named_stops(network)
     answers = generate(network, asked, stops, padding_id(tokenizer), batch_size)
     likelihoods = answer_nll(network, asked, padding_id(tokenizer))
     write_jsonl(
@@ -82,6 +102,8 @@ def predict_rows(
 def _row(question: Question, answer: list[int], nll: float, stops: set[int], tokenizer: Any) -> dict[str, Any]:
     stopped = bool(answer) and answer[-1] in stops
     text = tokenizer.decode(answer[:-1] if stopped else answer, skip_special_tokens=True)
+    if question.mark and question.mark in text:
+        text = text.partition(question.mark)[2]
     if question.one_line and "\n" in text.strip():
         text, stopped = text.strip().split("\n", 1)[0], True
     is_few_shot = question.subject == "few_shot"
@@ -98,11 +120,20 @@ def _row(question: Question, answer: list[int], nll: float, stops: set[int], tok
 
 
 def questions(
-    folder: Path, subject: str, tokenizer: Any, form: Format | None, shots: int, max_new_tokens: int, context: int
+    folder: Path,
+    subject: str,
+    tokenizer: Any,
+    form: Format | None,
+    shots: int,
+    max_new_tokens: int,
+    context: int,
+    system: str = "template",
+    overlong: str = "refuse",
 ) -> Iterator[Question]:
     """What is asked of a model for one dataset: each test row as it is, and where `shots` > 0 with examples before it.
 
-    Prompt and answer share `context` tokens; examples are left out, the first one first, until they fit, and counted.
+    Prompt and answer share `context` tokens. A row that is over it is refused with a UserError, or the left of its
+    prompt is cut, counted. Examples are left out, the first one first, until they fit, and counted.
     """
     train = list(read_jsonl(folder / "train.jsonl"))
     lengths = map(len, encode(tokenizer, [row["messages"][-1]["content"] for row in train]))
@@ -112,28 +143,60 @@ def questions(
         raise UserError(f"{folder.name}: answers of {limit} tokens leave no room for a prompt; lower max_new_tokens")
     examples = few_shot_examples(train, shots) if shots else []
     left_out = cut = 0
+
+    def rendered(messages: Sequence[Message]) -> tuple[list[Segment], Tokens]:
+        parts = rows_of(placed_system(list(messages), system), tokenizer, form)[-1]
+        return parts, tokenized(parts, tokenizer, form)
+
     for row in read_jsonl(folder / "test.jsonl"):
-        tokens = tokenized(segments(row["messages"], tokenizer, form), tokenizer, form)
-        cut += len(prompt_ids(tokens)) > room
-        yield Question(subject, folder.name, row["id"], tokens, _cut(prompt_ids(tokens), room), limit, one_line=False)
+        parts, tokens = rendered(row["messages"])
+        prompt, length = prompt_ids(tokens), len(tokens.input_ids)
+        if len(prompt) > room or length > context:
+            _check_overlong(f"{folder.name}: row {row['id']}", overlong, len(prompt), length, limit, context)
+            opening = tokens.opening
+            ids, labels = (_cut(row_of, context, opening) for row_of in (tokens.input_ids, tokens.labels))
+            tokens = replace(tokens, input_ids=ids, labels=labels)
+            prompt, cut = _cut(prompt, room, opening), cut + 1
+        mark = _mark(plain(parts[-1].text, tokenizer), row["messages"][-1]["content"])
+        yield Question(subject, folder.name, row["id"], tokens, prompt, limit, False, mark)
         given = list(examples)
         while given:
-            messages = [*(turn for example in given for turn in example if turn["role"] != "system"), *row["messages"]]
+            shown = [{**turn, "supervised": False} for turns in given for turn in turns if turn["role"] != "system"]
+            messages: list[Any] = [*shown, *row["messages"]]
             messages.sort(key=lambda turn: turn["role"] != "system")  # the row's own system message stands first
-            prompt = prompt_ids(tokenized(segments(messages, tokenizer, form), tokenizer, form))
+            prompt = prompt_ids(rendered(messages)[1])
             if len(prompt) <= room or len(given) == 1:
-                prompt = _cut(prompt, room)
-                yield Question("few_shot", folder.name, row["id"], tokens, prompt, limit, _one_line(examples))
+                prompt = _cut(prompt, room, tokens.opening)
+                yield Question("few_shot", folder.name, row["id"], tokens, prompt, limit, _one_line(examples), mark)
                 break
             given, left_out = given[1:], left_out + 1
     if cut:
-        log.info(
-            "%s: %d prompts cut on the left to %d tokens, all that the model's context has", folder.name, cut, room
-        )
+        log.info("%s: %d rows cut on the left, to fit into %d tokens with the answer", folder.name, cut, context)
     if left_out:
         log.info(
             "%s: %d examples left out of few-shot prompts, which have %d tokens of room", folder.name, left_out, room
         )
+
+
+def _check_overlong(row: str, overlong: str, prompt: int, length: int, limit: int, context: int) -> None:
+    """Raise UserError for a row over the context, unless its prompt may be cut and its answer alone is not over it."""
+    if overlong == "refuse":
+        raise UserError(
+            f"{row}: its prompt has {prompt} tokens and its answer {length - prompt}, and up to {limit} are generated,"
+            f" over the model's context of {context}; shorten the row, lower max_new_tokens,"
+            " or set 'overlong' of the suite to cut_prompt"
+        )
+    if length - prompt >= context:
+        raise UserError(
+            f"{row}: its answer alone has {length - prompt} tokens, over the model's context of {context};"
+            " shorten it or leave the row out"
+        )
+
+
+def _mark(written: str, answer: str) -> str:
+    """The last word that a template writes in front of an answer's text: `</think>` behind an empty thought."""
+    before, found, _ = written.partition(answer)
+    return (before.split() or [""])[-1] if found else ""
 
 
 def few_shot_examples(rows: Sequence[Mapping[str, Any]], shots: int) -> list[list[Message]]:
@@ -149,15 +212,15 @@ def _one_line(examples: Sequence[Sequence[Message]]) -> bool:
     return all("\n" not in example[-1]["content"] for example in examples)
 
 
-def _cut(ids: list[int], room: int) -> list[int]:
-    """A prompt cut on the left to `room` tokens; its first id, the BOS where there is one, stays."""
-    return ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1 :]
+def _cut(ids: list[int], room: int, opening: int) -> list[int]:
+    """Ids, or labels, cut on the left to `room`; the first `opening` ones stay, a BOS where there is one."""
+    return ids if len(ids) <= room else ids[:opening] + ids[len(ids) - room + opening :]
 
 
-def stop_ids(network: Any, tokenizer: Any) -> set[int]:
-    """The tokens at which generation ends: the tokenizer's, and those that the model's own generation config names."""
+def named_stops(network: Any) -> set[int]:
+    """The tokens at which generation ends by the model's own generation config."""
     named = network.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named] if named is not None else [])}
+    return set(named) if isinstance(named, list) else set() if named is None else {named}
 
 
 def batches_of(asked: Sequence[Question], size: int) -> list[list[int]]:
@@ -176,29 +239,9 @@ def generate(
     progress = Progress(len(asked), "predict", "answers")
     done = 0
     for batch in batches_of(asked, batch_size):
-        width = max(len(asked[index].prompt) for index in batch)
-        ids = torch.full((len(batch), width), padding)
-        mask = torch.zeros_like(ids)
-        for place, index in enumerate(batch):
-            prompt = asked[index].prompt
-            ids[place, width - len(prompt) :] = torch.tensor(prompt)
-            mask[place, width - len(prompt) :] = 1
-        with torch.inference_mode():
-            written = network.generate(
-                input_ids=ids.to(network.device),
-                attention_mask=mask.to(network.device),
-                max_new_tokens=asked[batch[0]].limit,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=sorted(stops),
-                pad_token_id=padding,
-            )
-        for index, row in zip(batch, written[:, width:].tolist(), strict=True):
-            end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
-            answers[index] = row[:end]
+        written = greedy(network, [asked[index].prompt for index in batch], asked[batch[0]].limit, stops, padding)
+        for index, answer in zip(batch, written, strict=True):
+            answers[index] = answer
         done += len(batch)
         progress.update(done)
     return answers

@@ -14,6 +14,7 @@ import yaml
 from qlora.errors import UserError
 from qlora.files import sha256_of
 
+CHANGE_THE_BASE = ("pissa", "pissa_niter_4", "olora", "corda")  # starts of LoRA that subtract from the base
 SCHEMA = Path(__file__).parents[2] / "config" / "schema.yaml"
 
 
@@ -28,6 +29,10 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     _check_sources(full)
     _check_references(full)
     full["runs"] = [_run_with_its_recipe(schema, full, run) for run in full["runs"]]
+    for name, recipe in full["recipes"].items():
+        _check_recipe(f"recipes.{name}", recipe)
+    for run in full["runs"]:
+        _check_recipe(f"run '{run['name']}'", run["settings"])
     return full
 
 
@@ -155,26 +160,46 @@ def _check_sources(config: Mapping[str, Any]) -> None:
             if len(given) != 1:
                 raise UserError(f"config: {registry}.{name}.source: give exactly one of {', '.join(kinds)}")
     for name, dataset in config["datasets"].items():
-        ways = [way for way in ("prompt", "messages", "llama2_text") if way in dataset]
-        with_prompt = "prompt" in dataset
-        if len(ways) != 1 or ("completion" in dataset) != with_prompt or ("system" in dataset and not with_prompt):
-            raise UserError(
-                f"config: datasets.{name}: give prompt and completion (and system), or messages, or llama2_text"
-            )
+        _check_mapping(f"datasets.{name}", dataset)
         if dataset["task"] == "sql" and "database" not in dataset:
             raise UserError(
                 f"config: datasets.{name}: task sql runs answers, so it needs 'database'; or choose task text"
             )
-        for key in ("system", "prompt", "completion"):
-            _check_template(f"datasets.{name}.{key}", dataset.get(key, ""))
 
 
-def _check_template(key: str, template: str) -> None:
-    """Raise UserError where the braces of a template over columns do not pair."""
+def _check_mapping(key: str, dataset: Mapping[str, Any]) -> None:
+    """Raise UserError where it is not clear how a dataset's rows become messages."""
+    ways = [way for way in ("prompt", "alpaca", "messages", "llama2_text") if dataset.get(way)]
+    with_prompt = "prompt" in dataset
+    with_system = with_prompt or dataset["alpaca"]
+    if len(ways) != 1 or ("completion" in dataset) != with_prompt or ("system" in dataset and not with_system):
+        raise UserError(
+            f"config: {key}: give prompt and completion (and system), or alpaca (and system), or messages,"
+            " or llama2_text"
+        )
+    for part in ("system", "prompt", "completion"):
+        if part in dataset:
+            _check_template(f"{key}.{part}", dataset[part], needs_column=part != "system")
+    if "labels" in dataset and dataset["task"] != "label":
+        raise UserError(
+            f"config: {key}: 'labels' declares the answers of task label; choose that task, or leave it out"
+        )
+    for label in dataset.get("labels", []):
+        if label != label.strip() or not label:
+            raise UserError(f"config: {key}.labels: {label!r} has spaces around it or is empty, as no answer is")
+
+
+def _check_template(key: str, template: str, needs_column: bool) -> None:
+    """Raise UserError where a template over columns has braces that do not pair, or names columns in another way."""
     try:
-        list(string.Formatter().parse(template))
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
         raise UserError(f"config: {key}: {error}; write a brace that stands for itself twice") from error
+    for _, column, style, conversion in fields:
+        if not column or style or conversion:
+            raise UserError(f"config: {key}: in braces stands the name of a column alone, as in {{question}}")
+    if needs_column and not fields:
+        raise UserError(f"config: {key}: names no column, so all rows would have the same; put one in braces")
 
 
 def check_pinned(kind: str, name: str, source: Mapping[str, Any]) -> None:
@@ -199,6 +224,31 @@ def _run_with_its_recipe(
     recipe = schema["$defs"]["recipe"]
     _check_against(schema, recipe, run["overrides"], f"runs: {run['name']}.overrides")
     return {**run, "settings": _laid_over(config["recipes"][run["recipe"]], run["overrides"])}
+
+
+def _check_recipe(where: str, recipe: Mapping[str, Any]) -> None:
+    """Raise UserError for settings that cannot work, or not together."""
+    start = recipe["lora"]["init"]
+    if start in CHANGE_THE_BASE:
+        raise UserError(
+            f"config: {where}: lora.init {start} changes the base's weights, and 4 bits would round that away;"
+            " choose default, gaussian or loftq"
+        )
+    if start == "loftq" and recipe["quantization"]["type"] != "nf4":
+        raise UserError(f"config: {where}: lora.init loftq corrects what nf4 loses; set quantization.type to nf4")
+    if recipe["cpu_offload"]:
+        raise UserError(
+            f"config: {where}: cpu_offload is not supported: bitsandbytes trains 4-bit layers only where their weights"
+            " are; save memory with checkpointing, a smaller batch_size or a shorter max_length"
+        )
+    for key in ("best_checkpoint", "patience"):
+        if recipe[key] and not recipe["eval_steps"]:
+            raise UserError(f"config: {where}: {key} compares evaluations; set eval_steps")
+    if recipe["best_checkpoint"] and recipe["save_steps"] % recipe["eval_steps"]:
+        raise UserError(
+            f"config: {where}: best_checkpoint keeps what was evaluated; make save_steps ({recipe['save_steps']})"
+            f" a multiple of eval_steps ({recipe['eval_steps']})"
+        )
 
 
 def _laid_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,7 +117,6 @@ def run_stage(function: Callable[..., object]) -> None:
     function(**arguments)
 
 
-
 def _parameters(function: Callable[..., object]) -> dict[str, tuple[Any, Any]]:
     """Name → (type, default) of a function's parameters; the default is `inspect.Parameter.empty` where required."""
     hints = typing.get_type_hints(function)

@@ -91,7 +91,9 @@ def make_datasets(root: Path, rows: int) -> dict[str, list[dict[str, Any]]]:
                 "read": {"train": 2010, "validation": 100, "test": len(tests[name])},
                 "kept": {"train": 2000, "validation": 100, "test": len(tests[name])},
                 "slices": {"test": {part or "all": rows for part in parts}},
-                "dropped": {"empty answer": 3, "training prompt stands in validation or test": 7},
+                "held out of train": {},
+                "repeated": {"train": {"prompt and answers": 2, "prompt": 5}},
+                "dropped": {"train": {"empty answer": 3, "prompt stands in test": 7}, "validation": {}, "test": {}},
             },
         )
     return tests
@@ -194,7 +196,10 @@ def make_results(root: Path, rows: int = 8) -> dict[str, Any]:
         root / "mixtures" / "all" / "card.json",
         {
             **{"mixture": "all", "seed": 0, "train": 6000, "validation": 300},
-            "datasets": {name: {"weight": 1.0, "cap": None, "training rows": 2000, "taken": 2000} for name in DATASETS},
+            "datasets": {
+                name: {"weight": 1.0, "cap": None, "train rows": 2000, "train rows taken": 2000} for name in DATASETS
+            },
+            "left out": {name: {} for name in DATASETS},
         },
     )
     return {

@@ -53,7 +53,8 @@ GOLDEN = {
     "unknown key, deep": (
         "recipes.short.lora.rank_",
         8,
-        "config: recipes.short.lora: unknown key 'rank_'; known: alpha, bias, dropout, r, target_modules",
+        "config: recipes.short.lora: unknown key 'rank_'; "
+        "known: alpha, bias, dora, dropout, init, plus_ratio, r, rslora, target_modules",
     ),
     "unknown key, number": (
         "mixtures.all.datasets.notes",
@@ -144,22 +145,80 @@ GOLDEN = {
     "prompt without completion": (
         "datasets.notes",
         {"source": {"path": "x"}, "prompt": "{text}"},
-        "config: datasets.notes: give prompt and completion (and system), or messages, or llama2_text",
+        "config: datasets.notes: give prompt and completion (and system), or alpaca (and system), or messages, or llama2_text",
     ),
     "two ways": (
         "datasets.notes.messages",
         "turns",
-        "config: datasets.notes: give prompt and completion (and system), or messages, or llama2_text",
+        "config: datasets.notes: give prompt and completion (and system), or alpaca (and system), or messages, or llama2_text",
     ),
     "system with messages": (
         "datasets.notes",
         {"source": {"path": "x"}, "messages": "turns", "system": "Be brief."},
-        "config: datasets.notes: give prompt and completion (and system), or messages, or llama2_text",
+        "config: datasets.notes: give prompt and completion (and system), or alpaca (and system), or messages, or llama2_text",
     ),
     "open brace": (
         "datasets.notes.prompt",
         "{text",
         "config: datasets.notes.prompt: expected '}' before end of string; write a brace that stands for itself twice",
+    ),
+    "template without a column": (
+        "datasets.notes.prompt",
+        "What is it?",
+        "config: datasets.notes.prompt: names no column, so all rows would have the same; put one in braces",
+    ),
+    "template with more than a column": (
+        "datasets.notes.completion",
+        "{label!r}",
+        "config: datasets.notes.completion: in braces stands the name of a column alone, as in {question}",
+    ),
+    "template with a place without a name": (
+        "datasets.notes.prompt",
+        "{}",
+        "config: datasets.notes.prompt: in braces stands the name of a column alone, as in {question}",
+    ),
+    "labels of another task": (
+        "datasets.notes.labels",
+        ["a", "b"],
+        "config: datasets.notes: 'labels' declares the answers of task label; choose that task, or leave it out",
+    ),
+    "a label with spaces": (
+        "datasets.notes",
+        {"source": {"path": "x"}, "prompt": "{a}", "completion": "{b}", "task": "label", "labels": ["a "]},
+        "config: datasets.notes.labels: 'a ' has spaces around it or is empty, as no answer is",
+    ),
+    "a start that changes the base": (
+        "recipes.short.lora",
+        {"init": "pissa"},
+        "config: recipes.short: lora.init pissa changes the base's weights, and 4 bits would round that away; "
+        "choose default, gaussian or loftq",
+    ),
+    "loftq of another type": (
+        "recipes.short",
+        {"lora": {"init": "loftq"}, "quantization": {"type": "fp4"}},
+        "config: recipes.short: lora.init loftq corrects what nf4 loses; set quantization.type to nf4",
+    ),
+    "offload to the processor": (
+        "recipes.short.cpu_offload",
+        True,
+        "config: recipes.short: cpu_offload is not supported: bitsandbytes trains 4-bit layers only where their "
+        "weights are; save memory with checkpointing, a smaller batch_size or a shorter max_length",
+    ),
+    "patience without evaluations": (
+        "recipes.short.patience",
+        2,
+        "config: recipes.short: patience compares evaluations; set eval_steps",
+    ),
+    "the best of what is not evaluated": (
+        "recipes.short",
+        {"best_checkpoint": True, "eval_steps": 20, "save_steps": 30},
+        "config: recipes.short: best_checkpoint keeps what was evaluated; "
+        "make save_steps (30) a multiple of eval_steps (20)",
+    ),
+    "settings of a run that do not go together": (
+        "runs.0.overrides",
+        {"best_checkpoint": True},
+        "config: run 'one': best_checkpoint compares evaluations; set eval_steps",
     ),
     "unknown key in overrides": (
         "runs.0.overrides",
@@ -271,8 +330,8 @@ def all_properties() -> list[tuple[str, dict[str, Any], bool]]:
 # Left out, these stand for "not given": a dataset or a source of another kind, a split without a file or a limit.
 MAY_BE_ABSENT = (
     "model: source.", "dataset: source.", "dataset: files", "dataset: limit.", "dataset: database",
-    "dataset: prompt", "dataset: completion", "dataset: system", "dataset: messages", "dataset: llama2_text",
-    "dataset: slice",
+    "dataset: labels", "dataset: prompt", "dataset: completion", "dataset: system", "dataset: messages", "dataset: llama2_text",
+    "dataset: slice", "dataset: labels",
 )  # fmt: skip
 
 

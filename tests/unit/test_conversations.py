@@ -1,15 +1,27 @@
 """A user's row becomes a list of messages; what makes two prompts the same."""
 
+import datetime
 import os
 import re
 import unicodedata
+from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qlora.conversations import conversation, fill, from_llama2_text, message, normalised, prompt_hash, unusable
+from qlora.conversations import (
+    conversation,
+    fill,
+    from_llama2_text,
+    message,
+    normalised,
+    placed_system,
+    prompt_hash,
+    unusable,
+)
 from qlora.errors import UserError
 from qlora.readers import read_rows
 
@@ -55,6 +67,8 @@ def test_prompt_completion_and_system_become_messages_with_only_the_answer_super
         [{"role": "user", "content": "Hi "}, {"role": "assistant", "content": " Hello"}],
         [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
         [{"role": "prompter", "content": "Hi", "id": 7}, {"role": "bot", "content": "Hello"}],
+        [{"role": "User", "content": "Hi"}, {"role": "ASSISTANT", "content": "Hello", "tool_calls": None}],
+        [{"role": "developer", "content": " "}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
     ],
 )
 def test_lists_of_messages_in_their_usual_shapes(turns):
@@ -64,37 +78,86 @@ def test_lists_of_messages_in_their_usual_shapes(turns):
     ]
 
 
+def test_alpaca_with_input_without_and_with_none():
+    row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    for more, prompt in (("1, 2", "Add.\n\n1, 2"), ("", "Add."), (None, "Add.")):
+        turns = conversation({**row, "input": more}, {"alpaca": True}, PLACE)
+        assert roles_and_texts(turns) == [("user", prompt), ("assistant", "3")]
+    del row["input"]
+    with_system = {"alpaca": True, "system": "Be brief."}
+    assert roles_and_texts(conversation(row, with_system, PLACE)) == [
+        ("system", "Be brief."),
+        ("user", "Add."),
+        ("assistant", "3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (7, "7"),
+        (0.1, "0.1"),
+        (12.0, "12.0"),
+        (True, "true"),
+        (False, "false"),
+        (None, ""),
+        (float("nan"), ""),
+        (Decimal("1.50"), "1.50"),
+        (datetime.date(2024, 2, 29), "2024-02-29"),
+    ],
+)
+def test_values_that_are_no_text_as_they_are_rendered(value, text):
+    assert fill("<{a}>", {"a": value}, PLACE) == f"<{text}>"
+
+
+COLUMN_T = f"{PLACE}, column 't'"
+
+
 @pytest.mark.parametrize(
     ("row", "mapping", "expected"),
     [
         ({"b": 1}, {"prompt": "{a}", "completion": "x"}, f"{PLACE}: has no column 'a'; it has b"),
         ({"b": 1}, {"messages": "turns"}, f"{PLACE}: has no column 'turns'; it has b"),
-        ({"t": "Hi"}, {"messages": "t"}, f"{PLACE}: the messages must be a list, are str"),
-        ({"t": ["Hi"]}, {"messages": "t"}, f"{PLACE}: a message must be an object with role and content, is str"),
+        ({"instruction": "x"}, {"alpaca": True}, f"{PLACE}: has no column 'output'; it has input, instruction"),
+        ({"t": "Hi"}, {"messages": "t"}, f"{COLUMN_T}: the messages must be a list, are str"),
+        ({"t": ["Hi"]}, {"messages": "t"}, f"{COLUMN_T}, message 1: must be an object with role and content, is str"),
         (
-            {"t": [{"role": "tool", "content": "x"}]},
+            {"t": [{"role": "user", "content": "Hi"}, {"role": "narrator", "content": "x"}]},
             {"messages": "t"},
-            f"{PLACE}: a message needs a role (system, user or assistant) and a text as content",
+            f"{COLUMN_T}, message 2: its role is 'narrator', must be system, user or assistant (or human, gpt)",
         ),
         (
-            {"t": [{"role": "user", "content": None}]},
+            {"t": [{"content": "x"}]},
             {"messages": "t"},
-            f"{PLACE}: a message needs a role (system, user or assistant) and a text as content",
+            f"{COLUMN_T}, message 1: its role is None, must be system, user or assistant (or human, gpt)",
+        ),
+        (
+            {"t": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+            {"messages": "t"},
+            f"{COLUMN_T}, message 1: its content must be a text, is list",
         ),
         (
             {"t": "plain"},
             {"llama2_text": "t"},
-            f"{PLACE}: holds no [INST] … [/INST]; is this text in the chat format of Llama 2?",
+            f"{COLUMN_T}: holds no [INST] … [/INST]; is this text in the chat format of Llama 2?",
         ),
+        ({"t": 3.5j}, {"llama2_text": "t"}, f"{COLUMN_T}: holds a complex, must be a text or a number"),
+        ({"t": ["x"]}, {"prompt": "{t}", "completion": "z"}, f"{COLUMN_T}: holds a list, must be a text or a number"),
         (
-            {"a": "x\0y"},
-            {"prompt": "{a}", "completion": "z"},
-            f"{PLACE}: its user text holds '\\x00', which no text may hold; remove it",
+            {"t": {"a": 1}},
+            {"prompt": "{t}", "completion": "z"},
+            f"{COLUMN_T}: holds a dict, must be a text or a number",
+        ),
+        ({"t": b"x"}, {"prompt": "{t}", "completion": "z"}, f"{COLUMN_T}: holds a bytes, must be a text or a number"),
+        (
+            {"t": "x\0y"},
+            {"prompt": "{t}", "completion": "z"},
+            f"{COLUMN_T}: holds '\\x00', which no text may hold; remove it",
         ),
         (
             {"t": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\ud83d"}]},
             {"messages": "t"},
-            f"{PLACE}: its assistant text holds '\\ud83d', which no text may hold; remove it",
+            f"{COLUMN_T}, message 2: holds '\\ud83d', which no text may hold; remove it",
         ),
     ],
 )
@@ -120,23 +183,66 @@ def test_llama2_text_with_system_and_several_turns():
     ]
 
 
-def test_llama2_text_with_an_open_last_question_ends_with_the_last_answer():
-    messages = from_llama2_text("<s>[INST] One? [/INST] 1 </s><s>[INST] Two?", PLACE)
-    assert roles_and_texts(messages) == [("user", "One?"), ("assistant", "1")]
+def test_llama2_system_block_in_front_of_the_first_question_is_kept():
+    text = "<s><<SYS>>Be brief.<</SYS>>\n[INST] One? [/INST] 1"
+    assert roles_and_texts(from_llama2_text(text, PLACE)) == [
+        ("system", "Be brief."),
+        ("user", "One?"),
+        ("assistant", "1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Chat: [INST] a [/INST] b", "text stands before the first [INST]: 'Chat:'; move it into a turn"),
+        ("<s>[INST] a [INST] b [/INST] c", "[INST] stands where [/INST] number 1 must; pair the markers"),
+        ("[INST] a [/INST] b [/INST] c", "[/INST] stands where [INST] number 2 must; pair the markers"),
+        ("[/INST] a [INST]", "[/INST] stands where [INST] number 1 must; pair the markers"),
+        ("[INST] a [/INST] b [INST] c", "the end stands where [/INST] number 2 must; pair the markers"),
+        ("[INST] a [/INST] b </s> c", "</s> stands inside the text of a turn; end the turn there, or remove it"),
+        ("[INST] a </s> [/INST] b", "</s> stands inside the text of a turn; end the turn there, or remove it"),
+        ("[INST] a [/INST] <s> b", "<s> stands inside the text of a turn; end the turn there, or remove it"),
+        (
+            "[INST] a [/INST] b [INST] <<SYS>>c<</SYS>> d [/INST] e",
+            "<<SYS>> stands inside the text of a turn; end the turn there, or remove it",
+        ),
+        ("[INST] <<SYS>> a [/INST] b", "<<SYS>> stands inside the text of a turn; end the turn there, or remove it"),
+    ],
+)
+def test_llama2_text_that_would_lose_something_is_refused(text, expected):
+    with pytest.raises(UserError) as caught:
+        from_llama2_text(text, PLACE)
+    assert str(caught.value) == f"{PLACE}: {expected}"
+
+
+LLAMA2_PIECES = ["<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "a", "b c", "\n", " "]
+
+
+@given(st.lists(st.sampled_from(LLAMA2_PIECES), max_size=14))
+def test_llama2_text_is_kept_whole_or_refused(pieces):
+    text = "".join(pieces)
+    try:
+        messages = from_llama2_text(text, PLACE)
+    except UserError:
+        return
+    words = re.sub(r"</?s>|\[/?INST\]|<</?SYS>>|\s", "", text)
+    assert "".join("".join(turn["content"].split()) for turn in messages) == words
 
 
 @pytest.mark.skipif("QLORA_TEST_DATA" not in os.environ, reason="QLORA_TEST_DATA is not set: no real data")
 def test_real_llama2_texts_are_parsed_whole():
     path = Path(os.environ["QLORA_TEST_DATA"], "data", "guanaco_llama2_1k", "train.parquet")
-    turns, empty = [], 0
+    turns, reasons = [], Counter()
     for number, row in read_rows(path):
         messages = from_llama2_text(row["text"], f"row {number}")
         text = "".join(turn["content"] for turn in messages)
         bare = re.sub(r"</?s>|\[/?INST\]", "", row["text"])
         assert "".join(text.split()) == "".join(bare.split()), f"row {number} lost text, or kept a tag"
         turns.append(len(messages))
-        empty += unusable(messages) == "empty answer"
-    assert (len(turns), sum(length > 2 for length in turns), empty) == (1000, 353, 1)
+        reasons[unusable(messages)] += 1
+    assert (len(turns), sum(length > 2 for length in turns)) == (1000, 353)
+    assert reasons == {None: 997, "empty answer": 1, "has no prompt": 2}
 
 
 def test_reasons_why_a_conversation_teaches_nothing():
@@ -149,6 +255,32 @@ def test_reasons_why_a_conversation_teaches_nothing():
     assert unusable([message("user", ""), answer]) == "has no prompt"
     assert unusable([user, message("assistant", "")]) == "empty answer"
     assert unusable([user, message("assistant", ""), user, answer]) == "empty answer"
+    assert unusable([user, answer, message("user", ""), answer]) == "has no prompt"
+    assert unusable([user, message("tool", ""), answer]) == "holds a turn of a tool"
+    for turns in ([answer, user, answer], [user, user, answer], [user, answer, message("system", "x"), user, answer]):
+        assert unusable(turns) == "turns are not user and assistant in turn"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "tool", "content": "42"},
+        {"role": "function", "content": None},
+        {"from": "observation", "value": "42"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+    ],
+)
+def test_turns_of_tools_make_a_conversation_unusable(turn):
+    given = [{"role": "user", "content": "Hi"}, turn, {"role": "assistant", "content": "Hello"}]
+    assert unusable(conversation({"t": given}, {"messages": "t"}, PLACE)) == "holds a turn of a tool"
+
+
+def test_system_message_stays_or_goes_in_front_of_the_first_question():
+    system, user, answer = message("system", "Be brief."), message("user", "Hi"), message("assistant", "Hello")
+    turns = [system, user, answer, user, answer]
+    assert placed_system(turns, "template") == turns
+    assert placed_system(turns, "user") == [message("user", "Be brief.\n\nHi"), answer, user, answer]
+    assert placed_system(turns[1:], "user") == turns[1:]
 
 
 @given(TEXTS)
@@ -173,10 +305,11 @@ def test_full_width_and_ligatures_are_the_same_text():
     assert normalised("Ｆｉｌｅ ﬁx ℋ") == normalised("file FIX h")  # noqa: RUF001 it is what this is about
 
 
-@given(st.lists(TEXTS, min_size=1, max_size=3), TEXTS, TEXTS)
-def test_hash_of_a_prompt_ignores_the_answer(prompts, one, two):
+@given(st.lists(TEXTS, min_size=1, max_size=3), TEXTS, st.lists(TEXTS))
+def test_hash_of_a_prompt_ignores_the_answer_and_what_follows(prompts, one, others):
     turns = [message("user", prompt) for prompt in prompts]
-    assert prompt_hash([*turns, message("assistant", one)]) == prompt_hash([*turns, message("assistant", two)])
+    rest = [message(role, text) for text in others for role in ("assistant", "user")]
+    assert prompt_hash([*turns, message("assistant", one)]) == prompt_hash([*turns, message("assistant", one), *rest])
 
 
 def test_marks_that_end_a_word_do_not_matter_but_those_inside_do():
@@ -184,7 +317,13 @@ def test_marks_that_end_a_word_do_not_matter_but_those_inside_do():
     assert normalised("3.5") != normalised("35")
 
 
-@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), TEXTS), max_size=3), st.data())
+def test_quotes_and_hyphens_between_letters_do_not_matter_but_signs_and_operators_do():
+    assert normalised("can’t top-up “now”…") == normalised("can't top up 'now'") == normalised("cant top\u2010up now")  # noqa: RUF001
+    for one, two in (("5-3", "5 3"), ("-5", "5"), ("2*3", "2/3"), ("a + b", "a * b"), ("$1", "€1"), ("x[1]", "x(1)")):
+        assert normalised(one) != normalised(two)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "system"]), TEXTS), max_size=3), st.data())
 def test_hash_differs_just_where_the_normalised_prompt_differs(turns, data):
     others = data.draw(st.one_of(st.just(turns), st.lists(st.tuples(st.sampled_from(["user", "system"]), TEXTS))))
     same = [(role, normalised(text)) for role, text in turns] == [(role, normalised(text)) for role, text in others]

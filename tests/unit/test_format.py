@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from format_dataset import SPLITS, format_dataset, held_out
+from format_dataset import SPLITS, Row, format_dataset, held_out
 from qlora.conversations import prompt_hash
 from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl
@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "task": "label",
     "holdout": {"validation": 0.05, "test": 0.1},
     "limit": {},
+    "unusable_rows": "refuse",
     "licence": "MIT",
 }
 THREE_FILES = {"files": {split: f"{split}.jsonl" for split in SPLITS}}
@@ -52,9 +53,17 @@ def formatted(source: Path, **changes: Any) -> tuple[dict[str, list[dict[str, An
     rows = {split: list(read_jsonl(out / f"{split}.jsonl")) for split in SPLITS}
     card = read_json(out / "card.json")
     assert card["kept"] == {split: len(rows[split]) for split in SPLITS}
-    assert sum(card["read"].values()) == sum(card["kept"].values()) + sum(card["dropped"].values())
+    check_balance(card)
     assert {split: sum(counts.values()) for split, counts in card["slices"].items()} == card["kept"]
     return rows, card
+
+
+def check_balance(card: dict[str, Any]) -> None:
+    """Each row read for a split is kept there, dropped for a reason, or given up by train to a split without a file."""
+    held = card["held out of train"]
+    for split in SPLITS:
+        given = card["read"][split] + (held.get(split, 0) if split != "train" else -sum(held.values()))
+        assert given == card["kept"][split] + sum(card["dropped"][split].values()), (split, card)
 
 
 def refusal(source: Path, **changes: Any) -> str:
@@ -88,9 +97,11 @@ def test_row_in_its_canonical_form(tmp_path):
         "licence": "MIT",
         "task": "label",
         "read": {"train": 1, "validation": 1, "test": 1},
+        "held out of train": {},
         "kept": {"train": 1, "validation": 1, "test": 1},
+        "repeated": {split: {"prompt and answers": 0, "prompt": 0} for split in SPLITS},
         "slices": {"train": {"all": 1}, "validation": {"all": 1}, "test": {"all": 1}},
-        "dropped": {},
+        "dropped": {"train": {}, "validation": {}, "test": {}},
     }
 
 
@@ -104,7 +115,8 @@ def test_files_of_a_split_are_found_by_glob_and_read_in_order(tmp_path):
 
 def test_single_file_needs_no_files_key_and_the_record_of_its_download_is_no_data(tmp_path):
     rows, card = formatted(folder_with(tmp_path / "source", notes=notes(range(1000))))
-    assert card["read"] == {"train": 1000}
+    assert card["read"] == {"train": 1000, "validation": 0, "test": 0}
+    assert card["held out of train"] == {split: len(rows[split]) for split in ("validation", "test")}
     assert 70 < len(rows["test"]) < 130
     assert 30 < len(rows["validation"]) < 70
 
@@ -118,7 +130,14 @@ def test_record_of_the_download_matches_no_glob(tmp_path):
     source = folder_with(tmp_path / "source")
     (source / "rows.json").write_text(json.dumps(notes(range(10))))
     _, card = formatted(source, files={"train": "*.json"})
-    assert card["read"] == {"train": 10}
+    assert card["read"]["train"] == 10
+
+
+def test_a_file_in_two_splits_is_refused(tmp_path):
+    source = folder_with(tmp_path / "source", train=notes([1]), test=notes([2]))
+    assert refusal(source, files={"train": "*.jsonl", "test": "test.jsonl"}) == (
+        "config: datasets.notes.files: test.jsonl is in train and in test; choose one"
+    )
 
 
 def test_source_may_be_a_file(tmp_path):
@@ -169,7 +188,7 @@ def test_share_of_one_split_does_not_move_the_rows_of_the_other(tmp_path):
 
 
 def test_held_out_bounds_take_all_or_nothing():
-    rows = [{"hash": "0" * 64}, {"hash": "f" * 64}]
+    rows = [Row(digit * 64, b"", "", "") for digit in "0f"]
     for split in ("validation", "test"):
         assert held_out(rows, split, 0.0) == (rows, [])
         assert held_out(rows, split, 1.0) == ([], rows)
@@ -187,8 +206,9 @@ def test_training_rows_whose_prompt_is_tested_are_dropped_and_counted(tmp_path):
     assert prompts(rows["validation"]) == {"note 3"}
     assert len(rows["test"]) == 2
     assert card["dropped"] == {
-        "training prompt stands in validation or test": 4,
-        "validation prompt stands in test": 1,
+        "train": {"prompt stands in test": 2, "prompt stands in validation": 2},
+        "validation": {"prompt stands in test": 1},
+        "test": {},
     }
 
 
@@ -210,19 +230,92 @@ def test_limit_keeps_rows_by_content_in_their_own_order(tmp_path):
     rows, card = formatted(source, **changes)
     numbers = [int(row["messages"][0]["content"].split()[1]) for row in rows["train"]]
     assert numbers == [number for number in order if number in numbers]
-    assert card["dropped"] == {"over the limit of train": 6}
+    assert card["dropped"]["train"] == {"over the limit": 6}
     assert len(rows["test"]) == 10
     put(source / "train.jsonl", notes(sorted(order)))
     again, _ = formatted(source, **changes)
     assert prompts(again["train"]) == prompts(rows["train"])
 
 
-def test_rows_that_teach_nothing_are_dropped_and_counted_by_reason(tmp_path):
-    given = [*notes(range(20)), {"text": "a", "label": ""}, {"text": "b", "label": None}, {"text": " ", "label": "x"}]
-    rows, card = formatted(put(tmp_path / "notes.jsonl", given))
-    assert card["dropped"] == {"empty answer": 2, "has no prompt": 1}
-    assert card["read"] == {"train": 23}
+TEACH_NOTHING = [{"text": "a", "label": ""}, {"text": "b", "label": None}, {"text": " ", "label": "x"}]
+
+
+def test_rows_that_teach_nothing_are_dropped_and_counted_by_reason_where_the_config_says_so(tmp_path):
+    source = put(tmp_path / "notes.jsonl", [*notes(range(20)), *TEACH_NOTHING])
+    rows, card = formatted(source, unusable_rows="drop")
+    assert card["dropped"]["train"] == {"empty answer": 2, "has no prompt": 1}
+    assert card["read"]["train"] == 23
     assert sum(map(len, rows.values())) == 20
+
+
+def test_row_that_teaches_nothing_is_refused_otherwise(tmp_path):
+    way_out = "mend the row, or set datasets.notes.unusable_rows: drop, which leaves such rows out and counts them"
+    messages = [
+        f"notes.jsonl, row 3, column 'label': empty answer; {way_out}",
+        f"notes.jsonl, row 3, column 'label': empty answer; {way_out}",
+        f"notes.jsonl, row 3, column 'text': has no prompt; {way_out}",
+    ]
+    for row, expected in zip(TEACH_NOTHING, messages, strict=True):
+        assert refusal(put(tmp_path / "notes.jsonl", [*notes(range(2)), row])) == expected
+    chat = put(tmp_path / "chat.jsonl", [{"turns": [{"role": "user", "content": "Hi"}]}])
+    assert refusal(chat, messages="turns") == (
+        f"chat.jsonl, row 1, column 'turns': does not end in an answer; {way_out}"
+    )
+    alpaca = put(tmp_path / "alpaca.jsonl", [{"instruction": "", "output": "x"}])
+    assert refusal(alpaca, alpaca=True) == (
+        f"alpaca.jsonl, row 1, column 'instruction', 'input': has no prompt; {way_out}"
+    )
+
+
+def test_answer_outside_the_declared_labels_is_refused_with_the_nearest(tmp_path):
+    source = put(tmp_path / "notes.jsonl", [*notes([1], "card"), *notes([2], " cash "), *notes([3], "crad")])
+    assert refusal(source, labels=["card", "cash"]) == (
+        "notes.jsonl, row 3, column 'label': the label 'crad' is not declared in 'labels'; the nearest is 'card'"
+    )
+    assert refusal(source, labels=["zebra", "card"]) == (
+        "notes.jsonl, row 2, column 'label': the label 'cash' is not declared in 'labels'; the nearest is 'card'"
+    )
+    formatted(source, labels=["card", "cash", "crad"])
+
+
+def test_repeated_rows_are_kept_and_counted(tmp_path):
+    given = [*notes([1, 1, 1, 2, 3]), *notes([1], "y"), {"text": "Note 2!", "label": "x"}]
+    source = folder_with(tmp_path / "source", train=given, validation=notes([8]), test=notes([9, 9]))
+    rows, card = formatted(source, **THREE_FILES)
+    assert len(rows["train"]) == 7
+    assert card["repeated"] == {
+        "train": {"prompt and answers": 2, "prompt": 4},
+        "validation": {"prompt and answers": 0, "prompt": 0},
+        "test": {"prompt and answers": 1, "prompt": 1},
+    }
+
+
+ANY_ROW = st.fixed_dictionaries(
+    {
+        "text": st.sampled_from(["", " ", None, *(f"note {number}" for number in range(6))]),
+        "label": st.sampled_from(["", None, "x", "y", 3, False]),
+    }
+)
+
+
+@given(st.lists(ANY_ROW, max_size=25), st.lists(ANY_ROW, max_size=12), st.lists(ANY_ROW, max_size=6), st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_row_disappears_uncounted(tmp_path, train, validation, test, data):
+    source = tmp_path / "source"
+    splits = {"train": [*train, *notes([99])], "validation": validation, "test": test}
+    splits = {split: rows for split, rows in splits.items() if rows}
+    for split in SPLITS:
+        (source / f"{split}.jsonl").unlink(missing_ok=True)
+    folder_with(source, **splits)
+    limit = data.draw(st.dictionaries(st.sampled_from(SPLITS), st.integers(1, 8)))
+    shares = {"validation": 0.2, "test": 0.2}
+    rows, card = formatted(
+        source, files={split: f"{split}.jsonl" for split in splits}, limit=limit, holdout=shares, unusable_rows="drop"
+    )
+    assert card["read"] == {split: len(splits.get(split, [])) for split in SPLITS}
+    hashes = {split: {prompt_hash(row["messages"]) for row in rows[split]} for split in SPLITS}
+    assert not hashes["test"] & hashes["validation"]
+    assert not hashes["train"] & (hashes["test"] | hashes["validation"])
 
 
 def test_slice_and_database_columns(tmp_path):
@@ -294,7 +387,8 @@ def test_message_of_a_dataset_that_cannot_be_used(tmp_path, changes, message):
     if changes.get("prompt") == "{empty}":
         rows = [{**row, "empty": ""} for row in rows]
     source = folder_with(tmp_path / "source", train=rows)
-    assert refusal(source, **{"files": {"train": "train.jsonl"}, **changes}) == message.format(source=source)
+    given = {"files": {"train": "train.jsonl"}, "unusable_rows": "drop", **changes}
+    assert refusal(source, **given) == message.format(source=source)
 
 
 def test_empty_file_is_refused(tmp_path):

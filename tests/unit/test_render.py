@@ -1,6 +1,7 @@
 """One rendering for training, evaluation and chat: one BOS, the stop token learned, no token of a prompt learned."""
 
 import re
+from functools import cache
 
 import pytest
 from hypothesis import given
@@ -9,9 +10,11 @@ from tokenizers_for_tests import (
     BOS,
     CHAT_TEMPLATE,
     EOS,
+    FAMILIES,
     REAL,
     REAL_WITH_BOS,
     TEXT,
+    family_tokenizer,
     make_tokenizer,
     real_tokenizer_folder,
 )
@@ -25,23 +28,35 @@ from qlora.render import (
     Tokens,
     encode,
     load_tokenizer,
+    opening_ids,
     padding_id,
     prompt_ids,
-    prompt_text,
-    segments,
+    rows_of,
+    stop_ids,
     tokenized,
+    tokenized_batch,
 )
 
 PLAIN = {"system": "{content}\n", "user": "{content}\nAnswer:", "assistant": " {content}", "between": "\n\n"}
 BARE = {"system": "{content}", "user": "{content}", "assistant": "{content}", "between": ""}
 ONE = [message("user", "How many?"), message("assistant", "42 boxes")]
 SEVERAL = [message("system", "Be brief."), *ONE, message("user", "Of what?"), message("assistant", "paint")]
+SPECIALS = ("<s>", "</s>", "<eos>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "[INST]")
 FORMS = {
     "format with BOS": (True, None, PLAIN),
     "format": (False, None, PLAIN),
     "template": (True, CHAT_TEMPLATE, None),
 }
 forms = pytest.mark.parametrize(("with_bos", "template", "form"), FORMS.values(), ids=FORMS.keys())
+
+
+def segments(messages: list[Message], tokenizer: PreTrainedTokenizerBase, form: dict[str, str] | None) -> list[Segment]:
+    [row] = rows_of(messages, tokenizer, form)
+    return row
+
+
+def prompt_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, form: dict[str, str] | None) -> str:
+    return "".join(part.text for part in segments(messages, tokenizer, form)[:-1])
 
 
 def tokens_of(messages: list[Message], tokenizer: PreTrainedTokenizerBase, form: dict[str, str] | None) -> Tokens:
@@ -179,25 +194,64 @@ def test_ids_are_the_text_and_labels_are_the_answers_whatever_stands_in_them(tur
         assert last == begin + encode(tokenizer, [prompt_text(messages, tokenizer, form)])[0]
 
 
-def test_missing_template_is_told():
-    tokenizer = make_tokenizer()
-    with pytest.raises(UserError, match="has no chat template; set 'format' of the model to a named format"):
-        segments(ONE, tokenizer, None)
+@cache
+def family(name: str) -> PreTrainedTokenizerBase:
+    return family_tokenizer(name)
 
 
-def test_template_that_rewrites_earlier_turns_is_refused():
-    template = (
-        "{% for message in messages %}{% if message.role == 'user' or loop.last %}{{ message.content }}"
-        "{% endif %}{% endfor %}"
-    )
-    with pytest.raises(UserError, match="rewrites earlier turns, which a single row cannot carry"):
-        segments(SEVERAL[1:], make_tokenizer(True, template), None)
+HOSTILE = st.lists(st.sampled_from([*TEXT, "é", "数", "🙂", "\u2581", "  ", "\n", *SPECIALS]), min_size=1, max_size=10)
+CONTENT = HOSTILE.map("".join).map(str.strip).filter(bool)
 
 
-def test_answer_that_holds_the_stop_token_ends_at_its_last():
-    tokenizer = make_tokenizer(True, CHAT_TEMPLATE)
-    rendered = segments([ONE[0], message("assistant", f"one{EOS}two")], tokenizer, None)
-    assert rendered[-1] == Segment("one</s>two</s>", True)
+@given(CONTENT, CONTENT, st.sampled_from(sorted(FAMILIES)), st.sampled_from([PLAIN, BARE, None]))
+def test_ids_of_the_prompt_alone_begin_the_row_in_every_family(prompt, answer, name, form):
+    tokenizer = family(name)
+    if form is None and not tokenizer.chat_template:
+        form = PLAIN
+    [row] = rows_of([message("user", prompt), message("assistant", answer)], tokenizer, form)
+    tokens = tokenized(row, tokenizer, form)
+    asked = "".join(part.text for part in row[:-1])
+    assert prompt_ids(tokens) == [*opening_ids(asked, tokenizer, form), *encode(tokenizer, [asked])[0]]
+    assert tokens.labels[: len(prompt_ids(tokens))] == [IGNORED] * len(prompt_ids(tokens))
+    assert tokens.labels[len(prompt_ids(tokens)) :] == tokens.input_ids[len(prompt_ids(tokens)) :]
+    assert tokens.input_ids[-1] in stop_ids(tokenizer, form)
+    given_back = tokenizer.decode(tokens.input_ids)
+    if "\u2581" not in prompt + answer:
+        assert prompt in given_back
+        assert answer in given_back
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "pair", [("un", "happy"), ("x = 1", "00 + 2"), ("It is  ", "  so"), ("Über", "all"), ("a ", "▁b")]
+)
+def test_real_tokenizer_apart_gives_the_text_back(name, pair):
+    tokenizer = load_tokenizer(real_tokenizer_folder(name))
+    [row] = rows_of([message("user", pair[0]), message("assistant", pair[1])], tokenizer, BARE)
+    tokens = tokenized(row, tokenizer, BARE)
+    begin = len(opening_ids(row[0].text, tokenizer, BARE))
+    text = "".join(pair) + tokenizer.eos_token
+    lost = {"▁": " "} if name in REAL_WITH_BOS else {}  # sentencepiece's space
+    assert tokenizer.decode(tokens.input_ids[begin:]) == text.translate(str.maketrans(lost))
+
+
+@pytest.mark.parametrize("name", REAL_WITH_BOS)
+def test_dummy_space_stands_in_front_of_a_text_alone(name):
+    tokenizer = load_tokenizer(real_tokenizer_folder(name))
+    [alone], [continued] = encode(tokenizer, ["happy"]), encode(tokenizer, ["happy"], continuing=True)
+    assert tokenizer.convert_ids_to_tokens(alone)[0].startswith("▁")
+    assert not tokenizer.convert_ids_to_tokens(continued)[0].startswith("▁")
+
+
+def test_rows_in_a_batch_are_the_rows_alone():
+    tokenizer = family("llama2")
+    rows = [
+        rows_of([message("user", prompt), message("assistant", "happy")], tokenizer, BARE)[0]
+        for prompt in ("un", "a </s> b", "x", "un")
+    ]
+    batch = tokenized_batch(rows, tokenizer, BARE)
+    assert batch == [tokenized(row, tokenizer, BARE) for row in rows]
+    assert [tokens.apart for tokens in batch] == [True, False, False, True]
 
 
 def test_padding_takes_the_first_token_there_is():

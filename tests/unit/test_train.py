@@ -13,10 +13,11 @@ from transformers.models.falcon import modeling_falcon
 
 import train_run as stage
 from qlora.errors import UserError
-from qlora.files import read_json
+from qlora.files import read_json, read_jsonl, write_json
 from qlora.loss import TILE, add_supervised_loss
 from qlora.models import load_quantized
 from qlora.render import IGNORED
+from qlora.training import Job, Trainer, make_trainer
 
 torch.set_num_threads(1)
 
@@ -28,40 +29,41 @@ class Case:
         self.root = root
         self.base = make_base(root / "base")
         self.tokens = make_tokens(root, self.base, make_rows(root))
+        self.preflight = root / "preflight.json"
+        write_json(self.preflight, {"model": "base", "packs": True})
 
-    def train(self, name: str, seed: int = 1, checkpoints: str = "checkpoints", **settings: Any) -> Path:
+    def train(
+        self, name: str, seed: int = 1, checkpoints: str = "checkpoints", finished: str = "", **settings: Any
+    ) -> Path:
         """Train, and return the run's folder."""
         run = {"name": name, "model": "base", "mixture": "mixture", "recipe": "test", "seed": seed}
         folder = self.root / name
         stage.train_run(
             model=self.base,
             tokens=self.tokens,
+            preflight=self.preflight,
             adapter=folder / "adapter",
             record=folder / "run.json",
             training_log=folder / "training_log.csv",
+            samples=folder / "samples.jsonl",
             run={**run, "settings": {**SETTINGS, **settings}},
             attention="sdpa",
             device="cpu",
             threads=1,
             code="0",
             checkpoints=str(self.root / checkpoints),
+            finished=str(self.root / "finished" / (finished or name)),
             tensorboard=str(folder / "tensorboard"),
         )
         return folder
 
-    def trainer(self, **settings: Any) -> stage.Trainer:
+    def trainer(self, **settings: Any) -> Trainer:
         """A trainer that has not run."""
-        return stage.make_trainer(
-            *(
-                self.base,
-                self.tokens,
-                {**SETTINGS, **settings},
-                1,
-                "sdpa",
-                "cpu",
-                self.root / "unused",
-                str(self.root / "tb"),
-            )
+        wanted = {**SETTINGS, **settings}
+        folder = self.root / "unused"
+        batching = wanted["batching"]
+        return make_trainer(
+            Job(self.base, self.tokens, wanted, 1, "sdpa", "cpu", batching, folder, str(self.root / "tb"))
         )
 
 
@@ -97,8 +99,45 @@ def test_a_run_leaves_a_record_and_a_log(case: Case) -> None:
     assert list((folder / "tensorboard").glob("events.*"))
 
 
+def test_a_run_that_finished_before_is_taken_without_a_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = adapter_bytes(case.train("kept", learning_rate=1e-3))
+    assert adapter_bytes(case.train("kept", learning_rate=2e-3)) != first
+    monkeypatch.delattr(stage, "make_trainer")
+    back = case.train("kept", learning_rate=1e-3)
+    assert adapter_bytes(back) == first
+    assert read_json(back / "run.json")["settings"]["learning_rate"] == 1e-3
+    renamed = case.train("renamed", finished="kept", learning_rate=1e-3)
+    assert adapter_bytes(renamed) == adapter_bytes(back)
+    assert {**read_json(back / "run.json"), "name": "renamed"} == read_json(renamed / "run.json")
+
+
+def test_a_model_that_mixes_packed_rows_gets_batches_of_like_length(case: Case) -> None:
+    assert read_json(case.train("packed", batching="packed") / "run.json")["batching"] == "packed"
+    write_json(case.preflight, {"model": "base", "packs": False})
+    try:
+        assert read_json(case.train("mixing", batching="packed") / "run.json")["batching"] == "grouped"
+    finally:
+        write_json(case.preflight, {"model": "base", "packs": True})
+
+
+def test_out_of_memory_is_told_with_the_way_out(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **rest: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "train", full)
+    with pytest.raises(UserError, match=r"run 'full': out of GPU memory .* lower batch_size or max_length"):
+        case.train("full")
+    assert not (case.root / "full/adapter").exists()
+
+
+def test_a_run_leaves_its_samples(case: Case) -> None:
+    folder = case.train("sampled", samples=2)
+    rows = list(read_jsonl(folder / "samples.jsonl"))
+    assert [row["step"] for row in rows] == [3, 3, 6, 6]
+
+
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_adapter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = case.train("whole", checkpoints="elsewhere")
+    whole = case.train("whole", checkpoints="elsewhere", samples=2)
 
     class Interrupt(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -107,21 +146,22 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_adapter(case: Case, mon
 
     made = stage.make_trainer
 
-    def interrupted(*arguments: Any) -> stage.Trainer:
+    def interrupted(*arguments: Any) -> Trainer:
         trainer = made(*arguments)
         trainer.add_callback(Interrupt())
         return trainer
 
     monkeypatch.setattr(stage, "make_trainer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        case.train("resumed")
+        case.train("resumed", samples=2)
     assert not (case.root / "resumed/adapter").exists()
     monkeypatch.setattr(stage, "make_trainer", made)
-    resumed = case.train("resumed")
+    resumed = case.train("resumed", samples=2)
     record = read_json(resumed / "run.json")
     assert record["resumed from"] == "checkpoint-4"
     assert adapter_bytes(resumed) == adapter_bytes(whole)
-    assert (resumed / "training_log.csv").read_bytes() == (whole / "training_log.csv").read_bytes()
+    for name in ("training_log.csv", "samples.jsonl"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
     assert record["tokens"] == read_json(whole / "run.json")["tokens"]
 
 
@@ -149,13 +189,15 @@ def test_adapters_are_fp32_and_move_at_a_small_learning_rate_while_the_base_stay
     assert all(torch.equal(layer.weight, old) for layer, old in zip(layers, base, strict=True))
 
 
-def first_rows(trainer: stage.Trainer) -> dict[str, torch.Tensor]:
+def first_rows(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The first four training rows as a batch."""
     rows = [trainer.train_dataset[place] for place in range(4)]
-    return dict(trainer.data_collator([{key: row[key] for key in ("input_ids", "labels")} for row in rows]))
+    batch = dict(trainer.data_collator(rows))
+    del batch["tokens"]
+    return batch
 
 
-def gradients(trainer: stage.Trainer) -> list[torch.Tensor]:
+def gradients(trainer: Trainer) -> list[torch.Tensor]:
     """Gradients of the first rows, in training mode."""
     trainer.model.train()
     trainer.model.zero_grad()

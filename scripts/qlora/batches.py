@@ -1,0 +1,102 @@
+"""How tokenised rows become the tensors of a batch: padded side by side, or packed into rows of fixed length."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from qlora.render import IGNORED
+
+Batch = dict[str, torch.Tensor]
+
+
+def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of rows grouped into packs of at most `room` tokens: each row once, none cut (best fit decreasing).
+
+    The longest row goes first, each into the fullest pack that has room for it (Johnson, 1973: at most 11/9 of the
+    fewest packs possible, and one). Raises ValueError for a row that is longer than `room`.
+    """
+    packs: list[list[int]] = []
+    with_space: dict[int, list[int]] = {}  # free tokens → packs that have just these
+    spaces = 0  # bit n is set where a pack has n free tokens, so the smallest that suffices is one shift away
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        if length > room:
+            raise ValueError(f"row {index} has {length} tokens, over {room}")
+        enough = spaces >> length
+        if enough:
+            space = length + (enough & -enough).bit_length() - 1
+            pack = with_space[space].pop()
+            if not with_space[space]:
+                spaces ^= 1 << space
+        else:
+            space, pack = room, len(packs)
+            packs.append([])
+        packs[pack].append(index)
+        left = space - length
+        with_space.setdefault(left, []).append(pack)
+        spaces |= 1 << left
+    return packs
+
+
+class PaddedBatch:
+    """Rows side by side, padded on the right to the longest: input_ids, labels and attention_mask, all (rows, width).
+
+    `tokens` (rows,) counts what is no padding; the trainer takes it out before the model sees the batch.
+    """
+
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Collate `examples`, which hold input_ids and labels."""
+        lengths = [len(example["input_ids"]) for example in examples]
+        shape = (len(examples), max(lengths))
+        batch = {
+            "input_ids": torch.full(shape, self.padding),
+            "labels": torch.full(shape, IGNORED),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "tokens": torch.tensor(lengths),
+        }
+        for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+            batch["input_ids"][row, :length] = torch.tensor(example["input_ids"])
+            batch["labels"][row, :length] = torch.tensor(example["labels"])
+            batch["attention_mask"][row, :length] = 1
+        return batch
+
+
+class PackedBatch:
+    """Packs of several rows each: input_ids, labels and position_ids, all (packs, room), and no attention mask.
+
+    Attention stays inside a row because its positions begin at 0 again; transformers looks at them only where there is
+    no mask. Padding tokens are rows of one token. `tokens` (packs,) counts what is no padding.
+    """
+
+    def __init__(self, rows: Dataset, room: int, padding: int) -> None:
+        self.rows, self.room, self.padding = rows, room, padding
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Collate `examples`, each with the indices of a pack's rows under `rows`."""
+        shape = (len(examples), self.room)
+        batch = {
+            "input_ids": torch.full(shape, self.padding),
+            "labels": torch.full(shape, IGNORED),
+            "position_ids": torch.zeros(shape, dtype=torch.long),
+            "tokens": torch.zeros(len(examples), dtype=torch.long),
+        }
+        for pack, example in enumerate(examples):
+            end = 0
+            for row in map(self.rows.__getitem__, example["rows"]):
+                start, end = end, end + len(row["input_ids"])
+                batch["input_ids"][pack, start:end] = torch.tensor(row["input_ids"])
+                batch["labels"][pack, start:end] = torch.tensor(row["labels"])
+                batch["labels"][pack, start] = IGNORED  # else it would be learned from the row before
+                batch["position_ids"][pack, start:end] = torch.arange(end - start)
+            batch["tokens"][pack] = end
+        return batch
+
+
+def packs_of(rows: Dataset, room: int, first: int) -> Dataset:
+    """A dataset of packs; its column `rows` has the indices of each pack's rows, counted from `first`."""
+    return Dataset.from_dict({"rows": [[first + row for row in pack] for pack in best_fit(rows["length"], room)]})

@@ -1,0 +1,57 @@
+"""What the model answers to a few validation prompts while it learns."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from qlora.files import read_jsonl, write_jsonl
+from qlora.generation import greedy
+from qlora.render import IGNORED, padding_id
+
+MOST_TOKENS = 64  # of a sampled answer
+SLACK = 8  # tokens that an answer may be longer than the longest true one
+
+
+@dataclass
+class Samples:
+    """Rows of validation whose last answer is asked for at each evaluation, and the file that collects the answers."""
+
+    rows: Sequence[Mapping[str, Any]]  # input_ids, labels
+    path: Path
+    tokenizer: Any
+    writer: SummaryWriter
+
+    def answer(self, network: Any, step: int) -> None:
+        """Add the greedy answers at `step` to the file and to TensorBoard; those of later steps are forgotten."""
+        earlier = [row for row in read_jsonl(self.path) if row["step"] < step] if self.path.exists() else []
+        asked = [split_at_answer(row["input_ids"], row["labels"]) for row in self.rows]
+        written: list[list[int]] = []
+        if asked:
+            limit = min(MOST_TOKENS, max(len(true) for _, true in asked) + SLACK)
+            stops = {true[-1] for _, true in asked}
+            written = greedy(network, [prompt for prompt, _ in asked], limit, stops, padding_id(self.tokenizer))
+        now = [
+            {"step": step, "prompt": self._text(prompt), "true": self._text(true), "generated": self._text(answer)}
+            for (prompt, true), answer in zip(asked, written, strict=True)
+        ]
+        write_jsonl(self.path, earlier + now)
+        for number, row in enumerate(now):
+            text = "\n\n".join(f"**{key}**\n\n```\n{row[key]}\n```" for key in ("prompt", "true", "generated"))
+            self.writer.add_text(f"sample {number}", text, step)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def split_at_answer(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    """The ids before the last learned stretch, and those of the stretch."""
+    end = len(labels)
+    while labels[end - 1] == IGNORED:
+        end -= 1
+    start = end
+    while start and labels[start - 1] != IGNORED:
+        start -= 1
+    return ids[:start], ids[start:end]

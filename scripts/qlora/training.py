@@ -1,0 +1,238 @@
+"""TRL's SFTTrainer on rows tokenised beforehand: a frozen 4-bit base, fp32 adapters, and a loss of our own."""
+
+from qlora.stage import Progress
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
+from torch.utils.tensorboard import SummaryWriter
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ExportableState
+from trl import SFTConfig, SFTTrainer
+
+from qlora.adapters import lora_config, loraplus_optimizer, lorentzian_penalty, start_from_rounding
+from qlora.batches import PackedBatch, PaddedBatch, packs_of
+from qlora.files import read_json
+from qlora.loss import add_supervised_loss
+from qlora.models import compute_dtype, load_quantized
+from qlora.render import IGNORED, load_tokenizer, padding_id
+from qlora.samples import Samples
+
+
+class TokenCounter(TrainerCallback, ExportableState):
+    """Tokens seen, without padding, and how many of them were learned; saved with each checkpoint."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.supervised = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"tokens": self.tokens, "supervised": self.supervised}}
+
+
+class ShowProgress(TrainerCallback):
+    """A line on the terminal now and then."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.progress: Progress | None = None
+        self.first = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:  # noqa: ARG002 (the trainer's)
+        """Called by the trainer after each optimiser step."""
+        if self.progress is None:
+            self.first = state.global_step - 1  # above 0 where it went on from a checkpoint
+            self.progress = Progress(state.max_steps - self.first, self.what, "steps")
+        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+        self.progress.update(state.global_step - self.first, f", loss {loss:.3f}" if loss is not None else "")
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer, which counts what it sees, and computes the loss over the learned tokens alone."""
+
+    model: PeftModel
+    settings: Mapping[str, Any]  # the recipe
+    samples: Samples
+    seconds = 0.0  # spent in training steps
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """What is learned: the adapter's weights."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def counter(self) -> TokenCounter:
+        """The counter; found anew each time, since going on from a checkpoint puts another in its place."""
+        return next(item for item in self.callback_handler.callbacks if isinstance(item, TokenCounter))
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **rest: Any) -> torch.Tensor:
+        """One micro-step."""
+        started = time.monotonic()
+        counter = self.counter()
+        counter.tokens += int(inputs.pop("tokens").sum())
+        counter.supervised += int((inputs["labels"] != IGNORED).sum())
+        loss = super().training_step(model, inputs, *args, **rest)
+        self.seconds += time.monotonic() - started
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean over the learned tokens of the optimiser step (of the batch, in evaluation), in nats."""
+        if return_outputs:
+            raise ValueError("logits are not computed in training")
+        if num_items_in_batch is None:
+            num_items_in_batch = learned(inputs).clamp(min=1)
+        loss = model(**inputs, loss_items=num_items_in_batch)
+        penalty = self.settings["lorentzian"]
+        if penalty["weight"] and model.training:
+            share = penalty["weight"] / self.current_gradient_accumulation_steps
+            loss = loss + share * lorentzian_penalty(self.trainable(), penalty["gamma"])
+        return loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The recipe's optimiser, with a learning rate of its own for B where it asks for LoRA+."""
+        ratio = self.settings["lora"]["plus_ratio"]
+        if ratio is not None and self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = loraplus_optimizer(self.model, kind, options, ratio, self.args.weight_decay)
+        return super().create_optimizer(model)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """One batch of an evaluation; its sum goes into the loss over all rows."""
+        inputs.pop("tokens")
+        loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        items = learned(inputs)
+        self.evaluated += torch.stack([loss.double() * items.clamp(min=1), items.double()]).cpu()
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, **rest: Any) -> Any:
+        """Evaluate; the loss is the mean over all learned tokens, whatever the batches."""
+        self.evaluated = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+        output = super().evaluation_loop(*args, **rest)
+        nats, tokens = self.evaluated.tolist()
+        return output._replace(metrics={**(output.metrics or {}), "eval_loss": nats / max(tokens, 1)})
+
+    def evaluate(self, *args: Any, **rest: Any) -> dict[str, float]:
+        """Evaluate on the validation rows, and answer a few of them."""
+        metrics: dict[str, float] = super().evaluate(*args, **rest)
+        self.samples.answer(self.model, self.state.global_step)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the tokens seen to what is logged."""
+        super().log({**logs, "tokens": self.counter().tokens}, start_time)
+
+    def create_model_card(self, *args: Any, **rest: Any) -> None:
+        """A checkpoint to resume from needs no card."""
+
+
+def learned(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """How many tokens of a batch are learned, a scalar."""
+    return (inputs["labels"][:, 1:] != IGNORED).sum()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a trainer is made of: the base and the tokenised rows, the recipe, and where things lie."""
+
+    model: Path
+    tokens: Path
+    settings: Mapping[str, Any]
+    seed: int
+    attention: str
+    device: str
+    batching: str  # packed, grouped or padded, as the recipe asks and the model allows
+    folder: Path  # of checkpoints and samples
+    tensorboard: str
+
+
+def make_trainer(job: Job) -> Trainer:
+    """A trainer over the quantised base with fp32 adapters. The seed is set before the adapter exists."""
+    tokenizer, settings = load_tokenizer(job.model), job.settings
+    shutil.rmtree(job.tensorboard, ignore_errors=True)
+    writer = SummaryWriter(job.tensorboard)
+    network = load_quantized(job.model, settings["quantization"], job.device, job.attention)
+    add_supervised_loss(network)
+    callbacks: list[TrainerCallback] = [TokenCounter(), TensorBoardCallback(writer)]
+    if settings["patience"] is not None:
+        callbacks.append(EarlyStoppingCallback(settings["patience"]))
+    train, validation = (Dataset.from_file(str(job.tokens / f"{split}.arrow")) for split in ("train", "validation"))
+    asked = validation.take(min(settings["samples"], len(validation)))
+    collator: PackedBatch | PaddedBatch = PaddedBatch(padding_id(tokenizer))
+    if job.batching == "packed":
+        room = read_json(job.tokens / "card.json")["max_length"]
+        collator = PackedBatch(concatenate_datasets([train, validation]), room, padding_id(tokenizer))
+        train, validation = packs_of(train, room, 0), packs_of(validation, room, len(train))
+    trainer = Trainer(
+        model=network,
+        args=training_arguments(job),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=collator,
+        peft_config=lora_config(settings["lora"]),
+        callbacks=callbacks,
+    )
+    trainer.settings = settings
+    trainer.samples = Samples(list(asked), job.folder / "samples.jsonl", tokenizer, writer)
+    for parameter in trainer.trainable():  # TRL casts to bfloat16, where small steps are rounded away
+        parameter.data = parameter.data.float()
+    if settings["lora"]["init"] == "loftq":
+        start_from_rounding(trainer.model, job.model)
+    return trainer
+
+
+def training_arguments(job: Job) -> SFTConfig:
+    """The recipe in the trainer's own terms."""
+    settings, seed, device = job.settings, job.seed, job.device
+    dtype = compute_dtype(settings["quantization"]["compute_dtype"], device)
+    arguments = SFTConfig(
+        output_dir=str(job.folder),
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device == "cpu",
+        bf16=device != "cpu" and dtype == torch.bfloat16,
+        fp16=device != "cpu" and dtype == torch.float16,
+        optim=settings["optimizer"],
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type=settings["schedule"],
+        warmup_steps=settings["warmup"],
+        weight_decay=settings["weight_decay"],
+        max_grad_norm=settings["max_grad_norm"],
+        per_device_train_batch_size=settings["batch_size"],
+        per_device_eval_batch_size=settings["batch_size"],
+        gradient_accumulation_steps=settings["accumulation"],
+        num_train_epochs=settings["epochs"],
+        max_steps=settings["max_steps"] or -1,
+        gradient_checkpointing=settings["checkpointing"],
+        logging_steps=settings["log_steps"],
+        eval_strategy="steps" if settings["eval_steps"] else "no",
+        eval_steps=settings["eval_steps"],
+        save_strategy="steps",
+        save_steps=settings["save_steps"],
+        save_total_limit=2,
+        load_best_model_at_end=settings["best_checkpoint"],
+        metric_for_best_model="eval_loss",
+        remove_unused_columns=False,
+        restore_callback_states_from_checkpoint=True,
+        report_to=[],
+        train_sampling_strategy="group_by_length" if job.batching == "grouped" else "random",
+        length_column_name="length",
+        prediction_loss_only=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=device != "cpu",
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else the trainer splits batches over all cards that it sees
+    return arguments

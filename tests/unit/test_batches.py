@@ -1,0 +1,86 @@
+"""Packing: no row lost, cut or seen by another."""
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora.batches import PackedBatch, PaddedBatch, best_fit, packs_of
+from qlora.render import IGNORED
+
+
+def plain_best_fit(lengths: list[int], room: int) -> list[list[int]]:
+    """The same by looking at every pack."""
+    packs: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        fits = [place for place in range(len(packs)) if free[place] >= lengths[index]]
+        if fits:
+            place = min(fits, key=lambda place: free[place])
+        else:
+            place = len(packs)
+            packs.append([])
+            free.append(room)
+        packs[place].append(index)
+        free[place] -= lengths[index]
+    return packs
+
+
+@given(st.lists(st.integers(1, 64), max_size=80))
+@settings(max_examples=200, deadline=None)
+def test_each_row_is_in_one_pack_and_as_few_are_needed_as_best_fit_needs(lengths: list[int]) -> None:
+    packs = best_fit(lengths, 64)
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in pack) <= 64 for pack in packs)
+    assert len(packs) == len(plain_best_fit(lengths, 64))
+    assert best_fit(lengths, 64) == packs
+
+
+def test_a_row_over_the_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="row 1 has 9 tokens, over 8"):
+        best_fit([3, 9], 8)
+
+
+def rows_of_lengths(*lengths: int) -> Dataset:
+    rows = []
+    for start, length in enumerate(lengths):
+        ids = [100 * (start + 1) + place for place in range(length)]
+        rows.append({"input_ids": ids, "labels": [IGNORED, *ids[1:]], "length": length})
+    return Dataset.from_list(rows)
+
+
+def test_a_packed_batch_holds_its_rows_whole_and_restarts_positions() -> None:
+    rows = rows_of_lengths(3, 5, 2)
+    packs = packs_of(rows, 8, 0)
+    assert packs["rows"] == [[1, 0], [2]]
+    batch = PackedBatch(rows, 8, padding=7)(list(packs))
+    assert batch["input_ids"].tolist() == [
+        [200, 201, 202, 203, 204, 100, 101, 102],
+        [300, 301, 7, 7, 7, 7, 7, 7],
+    ]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 0, 0, 0, 0, 0, 0]]
+    assert batch["labels"][0].tolist() == [IGNORED, 201, 202, 203, 204, IGNORED, 101, 102]
+    assert batch["labels"][1].tolist() == [IGNORED, 301] + [IGNORED] * 6
+    assert batch["tokens"].tolist() == [8, 2]
+    assert "attention_mask" not in batch
+
+
+def test_a_rows_first_token_is_not_learned_from_the_row_before() -> None:
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2], "length": 2}] * 2)
+    batch = PackedBatch(rows, 4, padding=0)([{"rows": [0, 1]}])
+    assert batch["labels"].tolist() == [[IGNORED, 2, IGNORED, 2]]
+
+
+def test_a_padded_batch_masks_what_is_padding_even_where_it_equals_a_token() -> None:
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [5, 2, 2], "labels": [IGNORED, 2, 2]},
+        {"input_ids": [5], "labels": [5]},
+    ]
+    batch = PaddedBatch(padding=2)(rows)
+    assert batch["labels"].tolist() == [[IGNORED, 2, 2], [5, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["tokens"].tolist() == [3, 1]
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.long
