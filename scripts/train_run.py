@@ -14,10 +14,10 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from qlora.errors import UserError
-from qlora.files import read_json, replacing, sha256_of_file, write_json
+from qlora.files import files_below, read_json, replacing, sha256_of_file, write_json
 from qlora.finished import keep, take
 from qlora.models import set_threads
-from qlora.record import digest, hardware, peak_memory, versions
+from qlora.record import commit, digest, hardware, peak_memory, versions
 from qlora.training import Job, ShowProgress, Trainer, make_trainer
 
 LOG_COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
@@ -88,7 +88,9 @@ def train_run(
             "settings": settings,
             "key": key,
             "pins": pins,
+            "adapter": {path.name: sha256_of_file(path) for path in files_below(adapter)},
             "versions": versions(),
+            "commit": commit(),
             "hardware": hardware(device, threads),
             "attention": attention,
             "batching": batching,

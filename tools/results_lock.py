@@ -23,7 +23,14 @@ from qlora.files import files_below, read_json, sha256_of_file  # noqa: E402
 
 LOCK = Path("results/lock.json")
 CONFIGS = ("config/config.yaml", "config/models.yaml", "config/datasets.yaml")
-DIFFERS = ("seconds", "tokens per second", "peak memory in bytes", "hardware", "resumed from")  # from run to run
+DIFFERS = (
+    "seconds",
+    "tokens per second",
+    "peak memory in bytes",
+    "hardware",
+    "commit",
+    "resumed from",
+)  # from run to run
 LEFT_OUT = ("results/report",)
 Files = dict[str, dict[str, str]]  # stage → file → SHA-256
 

@@ -1,12 +1,14 @@
 """What a run leaves about itself."""
 
 import importlib.metadata
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from qlora.record import PACKAGES, digest, hardware, peak_memory, versions
+from qlora.record import PACKAGES, commit, digest, hardware, peak_memory, versions
 
 
 def test_versions_are_those_installed():
@@ -32,3 +34,18 @@ def test_digest_depends_on_values_not_on_the_order_of_keys():
     assert digest({"a": 1, "b": [2.5, None]}, "x") == digest({"b": [2.5, None], "a": 1}, "x")
     assert len({digest("a", "b"), digest("ab"), digest("a", "c"), digest(["a", "b"])}) == 4
     assert len(digest()) == 16
+
+
+def test_the_commit_says_whether_tracked_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit() is None
+    identity = ["-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+    (tmp_path / "file").write_text("one")
+    for command in (["init", "-q"], ["add", "file"], [*identity, "commit", "-qm", "one"], [*identity, "tag", "v1"]):
+        subprocess.run(["git", *command], check=True)
+    clean = commit()
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "file").write_text("two")
+    assert commit() == f"{clean}-dirty"
