@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
   $$python -c "" >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs lock clean-cache clean venv
+.PHONY: help demo record restore test lint docs lock reproduce verify seeds clean-cache clean venv
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -15,6 +15,22 @@ help: ## say what each target does
 demo: venv ## run the embedded default and say where its report is (CORES=all)
 	@$(BIN)/snakemake --cores $(CORES) --quiet host reason
 	@echo "Report: results/report/index.html"
+
+record: venv ## put the results as they are into DVC's cache and dvc.lock
+	@$(BIN)/python tools/record.py
+
+restore: venv ## bring back the results that dvc.lock holds (SDM=conda: for --sdm conda; DISCARD=1: let go of others)
+	@$(BIN)/python tools/restore.py $(if $(SDM),--sdm $(SDM)) $(if $(DISCARD),--discard)
+
+reproduce: venv ## compute HEAD's results anew and compare (CORES=all, REPRODUCE_IN=a new folder)
+	@$(BIN)/python tools/reproduce.py --cores $(CORES) $(if $(REPRODUCE_IN),--folder '$(REPRODUCE_IN)')
+
+verify: venv ## check a run's adapter and its sources against their records (RUN=llama)
+	@$(BIN)/python tools/verify.py '$(RUN)'
+
+seeds: venv ## repeat the default with three seeds, and write results/seeds.csv, by which `reproduce` judges
+	@$(BIN)/snakemake --cores $(CORES) --quiet host reason --configfile config/experiments/seeds.yaml
+	@$(BIN)/python tools/seed_spread.py
 
 test: venv ## run the fast tests
 	@$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup

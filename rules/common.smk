@@ -1,4 +1,5 @@
 # What the rules files share: the checked configuration, the names of what is run, and where things lie.
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from qlora.config import check_pinned, checked_config, resolved_device, results_
 from qlora.errors import UserError
 from qlora.files import files_below
 from qlora.finished import trim
+
+if Path(".snakemake/restoring").exists() and "RESTORING" not in os.environ:  # tools/restore.py sets both
+    raise WorkflowError("make restore is at work here, or was cut off: wait for its end, or run it again")
 
 
 def used(kind):

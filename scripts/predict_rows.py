@@ -3,8 +3,11 @@
 from qlora.stage import Progress, log, run_stage
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import heapq
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +15,17 @@ import torch
 from peft import PeftModel
 
 from qlora.conversations import Message, placed_system
-from qlora.encoding import encode, plain
+from qlora.encoding import encode
 from qlora.errors import UserError
 from qlora.files import read_jsonl, write_jsonl
 from qlora.generation import greedy
+from qlora.loss import softcap_of, token_nll
 from qlora.models import load_quantized, set_threads
 from qlora.render import (
     IGNORED,
     Format,
-    Segment,
     Tokens,
+    last_answer,
     load_tokenizer,
     padding_id,
     prompt_ids,
@@ -31,6 +35,8 @@ from qlora.render import (
 )
 
 SLACK = 8  # tokens that an answer may be longer than the longest training answer of its dataset
+BATCH_ROWS = 1000  # whose answers are measured at a time
+CANDIDATES = 100  # training rows looked at for an example of a few-shot prompt
 LOSS_TOKENS = 16_384  # padded tokens of a batch when the likelihood of answers is computed
 
 
@@ -45,7 +51,6 @@ class Question:
     prompt: list[int]
     limit: int  # tokens that may be generated
     one_line: bool  # the answer ends with its line, as the examples in the prompt show
-    mark: str  # the answer itself begins behind this word, such as `</think>`; "" where it begins at once
 
 
 def predict_rows(
@@ -78,7 +83,7 @@ def predict_rows(
     if adapter is not None:
         network = PeftModel.from_pretrained(network, adapter)
     network.eval()
-    context = network.config.get_text_config().max_position_embeddings
+    context = getattr(network.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     subject = "base" if adapter is None else "tuned"
     asked = [
         question
@@ -102,8 +107,6 @@ def predict_rows(
 def _row(question: Question, answer: list[int], nll: float, stops: set[int], tokenizer: Any) -> dict[str, Any]:
     stopped = bool(answer) and answer[-1] in stops
     text = tokenizer.decode(answer[:-1] if stopped else answer, skip_special_tokens=True)
-    if question.mark and question.mark in text:
-        text = text.partition(question.mark)[2]
     if question.one_line and "\n" in text.strip():
         text, stopped = text.strip().split("\n", 1)[0], True
     is_few_shot = question.subject == "few_shot"
@@ -135,21 +138,18 @@ def questions(
     Prompt and answer share `context` tokens. A row that is over it is refused with a UserError, or the left of its
     prompt is cut, counted. Examples are left out, the first one first, until they fit, and counted.
     """
-    train = list(read_jsonl(folder / "train.jsonl"))
-    lengths = map(len, encode(tokenizer, [row["messages"][-1]["content"] for row in train]))
-    limit = min(max_new_tokens, max(lengths, default=max_new_tokens) + SLACK)
+    limit = min(max_new_tokens, longest_answer(folder / "train.jsonl", tokenizer, max_new_tokens) + SLACK)
     room = context - limit
     if room < 2:
         raise UserError(f"{folder.name}: answers of {limit} tokens leave no room for a prompt; lower max_new_tokens")
-    examples = few_shot_examples(train, shots) if shots else []
-    left_out = cut = 0
+    examples = few_shot_examples(read_jsonl(folder / "train.jsonl"), shots) if shots else []
+    left_out = cut = few_shot_cut = 0
 
-    def rendered(messages: Sequence[Message]) -> tuple[list[Segment], Tokens]:
-        parts = rows_of(placed_system(list(messages), system), tokenizer, form)[-1]
-        return parts, tokenized(parts, tokenizer, form)
+    def rendered(messages: Sequence[Message]) -> Tokens:
+        return tokenized(rows_of(placed_system(list(messages), system), tokenizer, form)[-1], tokenizer, form)
 
     for row in read_jsonl(folder / "test.jsonl"):
-        parts, tokens = rendered(row["messages"])
+        tokens = asked_alone(rendered(row["messages"]))
         prompt, length = prompt_ids(tokens), len(tokens.input_ids)
         if len(prompt) > room or length > context:
             _check_overlong(f"{folder.name}: row {row['id']}", overlong, len(prompt), length, limit, context)
@@ -157,21 +157,23 @@ def questions(
             ids, labels = (_cut(row_of, context, opening) for row_of in (tokens.input_ids, tokens.labels))
             tokens = replace(tokens, input_ids=ids, labels=labels)
             prompt, cut = _cut(prompt, room, opening), cut + 1
-        mark = _mark(plain(parts[-1].text, tokenizer), row["messages"][-1]["content"])
-        yield Question(subject, folder.name, row["id"], tokens, prompt, limit, False, mark)
+        yield Question(subject, folder.name, row["id"], tokens, prompt, limit, one_line=False)
         given = list(examples)
         while given:
             shown = [{**turn, "supervised": False} for turns in given for turn in turns if turn["role"] != "system"]
             messages: list[Any] = [*shown, *row["messages"]]
             messages.sort(key=lambda turn: turn["role"] != "system")  # the row's own system message stands first
-            prompt = prompt_ids(rendered(messages)[1])
+            prompt = prompt_ids(rendered(messages))
             if len(prompt) <= room or len(given) == 1:
+                few_shot_cut += len(prompt) > room
                 prompt = _cut(prompt, room, tokens.opening)
-                yield Question("few_shot", folder.name, row["id"], tokens, prompt, limit, _one_line(examples), mark)
+                yield Question("few_shot", folder.name, row["id"], tokens, prompt, limit, _one_line(examples))
                 break
             given, left_out = given[1:], left_out + 1
     if cut:
         log.info("%s: %d rows cut on the left, to fit into %d tokens with the answer", folder.name, cut, context)
+    if few_shot_cut:
+        log.info("%s: %d few-shot prompts cut on the left, through their one example", folder.name, few_shot_cut)
     if left_out:
         log.info(
             "%s: %d examples left out of few-shot prompts, which have %d tokens of room", folder.name, left_out, room
@@ -193,15 +195,28 @@ def _check_overlong(row: str, overlong: str, prompt: int, length: int, limit: in
         )
 
 
-def _mark(written: str, answer: str) -> str:
-    """The last word that a template writes in front of an answer's text: `</think>` behind an empty thought."""
-    before, found, _ = written.partition(answer)
-    return (before.split() or [""])[-1] if found else ""
+def longest_answer(path: Path, tokenizer: Any, most: int) -> int:
+    """Tokens of the longest last answer of a JSONL file, `most` where it has no row."""
+    answers = (row["messages"][-1]["content"] for row in read_jsonl(path))
+    longest = 0
+    while batch := list(islice(answers, BATCH_ROWS)):
+        longest = max(longest, *map(len, encode(tokenizer, batch)))
+    return longest or most
 
 
-def few_shot_examples(rows: Sequence[Mapping[str, Any]], shots: int) -> list[list[Message]]:
+def asked_alone(tokens: Tokens) -> Tokens:
+    """The row with the labels of its last answer alone: the one that is asked for."""
+    place = last_answer(tokens.labels)
+    return replace(
+        tokens, labels=[IGNORED] * place.start + tokens.labels[place] + [IGNORED] * (len(tokens.labels) - place.stop)
+    )
+
+
+def few_shot_examples(rows: Iterable[Mapping[str, Any]], shots: int) -> list[list[Message]]:
     """`shots` training conversations with different answers where there are any, chosen by a hash of the row."""
-    ordered = sorted(rows, key=lambda row: hashlib.sha256(repr(row["messages"]).encode()).digest())
+    ordered = heapq.nsmallest(
+        CANDIDATES * shots, rows, key=lambda row: hashlib.sha256(repr(row["messages"]).encode()).digest()
+    )
     by_answer: dict[str, list[Message]] = {}
     for row in ordered:
         by_answer.setdefault(row["messages"][-1]["content"], row["messages"])
@@ -268,7 +283,7 @@ def answer_nll(network: Any, asked: Sequence[Question], padding: int) -> list[fl
 
 
 def _batch_nll(network: Any, rows: Sequence[Tokens], padding: int) -> list[float]:
-    """NLL of the labels of each row, shape (rows,); logits are computed in full only for the answer's positions."""
+    """NLL of the labels of each row, shape (rows,); logits exist for the answers' positions alone, a tile at a time."""
     width = max(len(row.input_ids) for row in rows)
     ids = torch.full((len(rows), width), padding)
     labels = torch.full((len(rows), width), IGNORED)
@@ -279,12 +294,12 @@ def _batch_nll(network: Any, rows: Sequence[Tokens], padding: int) -> list[float
         labels[place, :length] = torch.tensor(row.labels)
         mask[place, :length] = 1
     with torch.inference_mode():
-        logits = network(
-            input_ids=ids.to(network.device), attention_mask=mask.to(network.device), use_cache=False
-        ).logits
+        core: Any = network.get_base_model() if isinstance(network, PeftModel) else network
+        given = {"input_ids": ids.to(network.device), "attention_mask": mask.to(network.device)}
+        hidden = core.base_model(**given, use_cache=False).last_hidden_state[:, :-1]
         wanted = labels[:, 1:].to(network.device)
         chosen = wanted != IGNORED
-        nll = torch.nn.functional.cross_entropy(logits[:, :-1][chosen].float(), wanted[chosen], reduction="none")
+        nll = token_nll(hidden[chosen], wanted[chosen], core.get_output_embeddings(), softcap_of(core))
         sums = (
             torch.zeros(wanted.shape, dtype=torch.float64, device=nll.device)
             .masked_scatter(chosen, nll.double())

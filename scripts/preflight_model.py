@@ -51,7 +51,7 @@ def preflight_model(
         check_labels(name, _probe(turns), tokenizer, form)
     system_message = _system_message(name, tokenizer, form, system, with_system)
     network = shrunken_network(model, attention)
-    check_ids(name, tokenizer, network)
+    check_ids(name, tokenizer, stop_ids(tokenizer, form), network)
     layers = [path for path, module in network.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     modules = all_modules(network, AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
     found = {_shown(wanted): targets_found(name, wanted, modules) for wanted in targets}
@@ -174,11 +174,17 @@ def _system_message(
     return system
 
 
-def check_ids(name: str, tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel) -> None:
-    """Raise UserError where the tokenizer, or padding, gives an id that has no row in the embedding."""
+def check_ids(name: str, tokenizer: PreTrainedTokenizerBase, stops: set[int], network: PreTrainedModel) -> None:
+    """Raise UserError where ordinary text, a BOS, a stop token or padding has an id without a row in the embedding.
+
+    Other added tokens may lie beyond it: nothing writes them (Gemma 3's for images); `tokenize` looks at each row.
+    """
     rows = network.config.get_text_config().vocab_size
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if max(largest, padding_id(tokenizer)) >= rows:
+    needed = {padding_id(tokenizer), tokenizer.bos_token_id, *stops}
+    others = set(tokenizer.added_tokens_decoder) - needed
+    vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if number not in others}
+    token, largest = max(vocabulary.items(), key=lambda item: item[1])
+    if largest >= rows:
         what = f"'{token}' has the id {largest}, and the embedding {rows} rows"
         raise _refused(name, "tokenizer", what, f"name a source in models.{name}.source whose files belong together")
 

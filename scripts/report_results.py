@@ -15,6 +15,7 @@ from qlora.metrics import METRICS
 from qlora.results import Record, read_table
 
 LONGEST_TEXT = 2_000  # characters of a prompt or an answer that are shown
+IDENTITY = ("run", "adapter", "pins")  # topics of the provenance that say what a run is, and come first
 
 
 def report_results(
@@ -59,6 +60,7 @@ def report_results(
         "cards": [*_cards("dataset", datasets), *_cards("mixture", mixtures)],
         "runs": [path.parent.name for path in records],
         "provenance": list(provenance([read_json(path) for path in records])),
+        "identity": IDENTITY,
         "bootstraps": bootstraps,
     }
     html = environment(templates[0].parent).get_template(templates[0].name).render(page)
@@ -156,7 +158,7 @@ def _cards(kind: str, folders: Sequence[Path]) -> Iterator[tuple[str, str, dict[
 
 
 def provenance(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
-    """All that the runs say about themselves, by topic: rows of a label and a text a run."""
+    """All that the runs say about themselves, by topic, IDENTITY first: rows of a label and a text a run."""
     leaves = [dict(findings.flattened(record)) for record in records]
     paths = dict.fromkeys(path for record in leaves for path in record)
     topics: dict[str, list[tuple[str, list[str]]]] = {}
@@ -164,7 +166,8 @@ def provenance(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list
         topic, label = (path[0], ": ".join(path[1:])) if len(path) > 1 else ("run", path[0])
         cells = [shown(record.get(path), " ".join(path)) for record in leaves]
         topics.setdefault(topic, []).append((label, cells))
-    yield from sorted(topics.items(), key=lambda item: item[0] != "run")
+    first = {topic: topics.pop(topic) for topic in IDENTITY if topic in topics}
+    yield from (first | topics).items()
 
 
 def shown(value: object, label: str = "") -> str:

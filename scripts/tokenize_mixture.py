@@ -19,7 +19,7 @@ from qlora.encoding import added_pattern, decode, plain
 from qlora.errors import UserError
 from qlora.files import read_jsonl, replacing, write_json
 from qlora.overlong import fitted
-from qlora.render import Format, Segment, Tokens, load_tokenizer, quotes, rows_of, tokenized_batch
+from qlora.render import Format, Segment, Tokens, load_tokenizer, quotes, rows_of, stop_ids, tokenized_batch
 
 SCHEMA = pyarrow.schema(
     [
@@ -55,6 +55,7 @@ class Way:
     system: str
     max_length: int
     overlong: str
+    vocabulary: int  # rows of the model's embedding
 
 
 def tokenize_mixture(
@@ -76,14 +77,15 @@ def tokenize_mixture(
     the model's context. Rows are worked on in batches, so that memory does not grow with their number, by `threads`
     threads, on which the result does not depend.
     """
-    check_context(model, max_length)
+    vocabulary = check_limits(model, max_length)
     os.environ.update(TOKENIZERS_PARALLELISM=str(threads > 1).lower(), RAYON_NUM_THREADS=str(threads))
-    way = Way(load_tokenizer(model), form, system, max_length, overlong)
+    way = Way(load_tokenizer(model), form, system, max_length, overlong, vocabulary)
     card: dict[str, Any] = {
         "model": model.name,
         "mixture": mixture.name,
         "max_length": max_length,
         "overlong": overlong,
+        "stop ids": sorted(stop_ids(way.tokenizer, form)),
     }
     with replacing(tokens) as folder:
         folder.mkdir()
@@ -100,16 +102,19 @@ def tokenize_mixture(
         write_json(folder / "card.json", card)
 
 
-def check_context(model: Path, max_length: int) -> None:
-    """Raise UserError where a row may be longer than what the model can look at; some families name no limit."""
-    if not (model / "config.json").exists():
-        return
-    context = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+def check_limits(model: Path, max_length: int) -> int:
+    """The rows of the model's embedding.
+
+    Raises UserError where a row may be longer than what the model can look at; some families name no limit.
+    """
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
     if context is not None and max_length > context:
         raise UserError(
             f"{model.name}: max_length {max_length} of the mixture is over the model's context of {context} tokens;"
             f" set max_length to {context} or less"
         )
+    return int(config.vocab_size)
 
 
 def check_losses(model: Path, counts: Sequence[Counts], lossy: float) -> None:
@@ -158,6 +163,11 @@ def _tokenized_batch(
         for given in islice(made, len(parts)):
             if not given.supervised:
                 raise UserError(f"{place}: nothing in it is learned; look at its answer")
+            if max(given.input_ids) >= way.vocabulary:
+                raise UserError(
+                    f"{place}: the tokenizer gives it the id {max(given.input_ids)}, and the model's embedding has"
+                    f" {way.vocabulary} rows; take the token out of the row, or a tokenizer that fits the model"
+                )
             for fit in _fitted(given, way, counts.rows):
                 yield fit, row["dataset"]
 

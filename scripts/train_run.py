@@ -51,7 +51,14 @@ def train_run(
     set_threads(threads, device)
     settings, pins = run["settings"], _pins(model, tokens)
     batching = allowed_batching(settings["batching"], read_json(preflight))
-    key = digest(settings, run["seed"], pins, versions(), device, threads, attention, batching, code)
+    card = read_json(tokens / "card.json")
+    if not card["validation"]["kept"] and (settings["best_checkpoint"] or settings["patience"]):
+        raise UserError(
+            f"run '{run['name']}': best_checkpoint and patience compare losses on validation rows, and mixture"
+            f" '{run['mixture']}' has none; set holdout.validation of a dataset"
+        )
+    room = card["max_length"]  # of a packed row
+    key = digest(settings, run["seed"], pins, versions(), device, threads, attention, batching, room, code)
     names = {name: run[name] for name in ("name", "model", "mixture", "recipe")}
     outputs = {"adapter": adapter, "record": record, "training_log": training_log, "samples": samples}
     if take(Path(finished) / key, outputs):
@@ -70,14 +77,22 @@ def train_run(
             f"run '{run['name']}': out of GPU memory ({settings['batch_size']} rows a micro-step, checkpointing "
             f"{settings['checkpointing']}); set checkpointing, or lower batch_size or max_length"
         ) from error
-    if not any(
+    if card["validation"]["kept"] and not any(
         "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
     ):
         trainer.evaluate()
+    if not all(weight.isfinite().all() for weight in trainer.trainable()):
+        raise UserError(
+            f"run '{run['name']}': training diverged, the adapter holds numbers that are not finite;"
+            " lower learning_rate, or use bfloat16 where the card has it"
+        )
     write_adapter(trainer, adapter)
     write_log(trainer.state.log_history, training_log)
     with replacing(samples) as temporary:
-        shutil.copyfile(trainer.samples.path, temporary)
+        if trainer.samples.path.exists():
+            shutil.copyfile(trainer.samples.path, temporary)
+        else:
+            temporary.touch()  # no validation row to answer
     counter = trainer.counter()
     seconds = time.monotonic() - started
     write_json(
@@ -97,7 +112,7 @@ def train_run(
             "steps": trainer.state.global_step,
             "tokens": counter.tokens,
             "supervised tokens": counter.supervised,
-            "rows": read_json(tokens / "card.json")["train"],
+            "rows": card["train"],
             "trainable parameters": sum(parameter.numel() for parameter in trainer.trainable()),
             "resumed from": Path(last).name if last else None,
             "seconds": round(seconds, 2),

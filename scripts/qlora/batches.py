@@ -1,13 +1,17 @@
 """How tokenised rows become the tensors of a batch: padded side by side, or packed into rows of fixed length."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from random import Random
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 
 from qlora.render import IGNORED
 
+POOL = 50  # batches
 Batch = dict[str, torch.Tensor]
 
 
@@ -97,6 +101,37 @@ class PackedBatch:
         return batch
 
 
+class LikeLengths(Sampler[int]):
+    """Places of rows so that each batch holds rows of like length; another order each epoch, decided by the seed alone.
+
+    Rows are drawn in pools of POOL batches, which are sorted by length and cut into batches; the batches are shuffled.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer when an epoch begins, so that one that was cut off goes on in its own order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        random = Random(f"{self.seed} {self.epoch}")
+        order = random.sample(range(len(self)), len(self))
+        pool = POOL * self.batch_size
+        sorted_pools = [
+            sorted(order[start : start + pool], key=lambda row: -self.lengths[row])
+            for start in range(0, len(self), pool)
+        ]
+        places = list(chain.from_iterable(sorted_pools))
+        batches = [places[start : start + self.batch_size] for start in range(0, len(self), self.batch_size)]
+        last = batches.pop() if batches and len(batches[-1]) < self.batch_size else []
+        random.shuffle(batches)
+        return chain(*batches, last)
+
+
 def packs_of(rows: Dataset, room: int, first: int) -> Dataset:
     """A dataset of packs; its column `rows` has the indices of each pack's rows, counted from `first`."""
-    return Dataset.from_dict({"rows": [[first + row for row in pack] for pack in best_fit(rows["length"], room)]})
+    return Dataset.from_dict({"rows": [[first + row for row in pack] for pack in best_fit(rows["length"][:], room)]})

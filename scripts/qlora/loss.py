@@ -21,10 +21,7 @@ def add_supervised_loss(network: PreTrainedModel) -> None:
     wrappers around the model (PEFT, Accelerate) keep working. (TRL's own tiles score all positions on a CPU.)
     """
     original = network.forward
-    config = network.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if any(getattr(config, name, 1.0) not in (None, 1.0) for name in ("logit_scale", "logits_scaling")):
-        raise UserError(f"{config.model_type}: this family scales its logits, which the loss here does not")
+    softcap = softcap_of(network)
 
     @functools.wraps(type(network).forward)
     def forward(self: PreTrainedModel, *args: Any, loss_items: Any = None, **rest: Any) -> Any:
@@ -37,6 +34,20 @@ def add_supervised_loss(network: PreTrainedModel) -> None:
         return summed_nll(hidden[chosen], wanted[chosen], self.get_output_embeddings(), softcap) / loss_items
 
     network.forward = types.MethodType(forward, network)  # type: ignore[method-assign]
+
+
+def softcap_of(network: PreTrainedModel) -> float | None:
+    """Where the family's logits are capped, or None. Raises UserError for families that scale them otherwise."""
+    config = network.config.get_text_config()
+    if any(getattr(config, name, 1.0) not in (None, 1.0) for name in ("logit_scale", "logits_scaling")):
+        raise UserError(f"{config.model_type}: this family scales its logits, which the loss here does not")
+    return getattr(config, "final_logit_softcapping", None)
+
+
+def token_nll(hidden: torch.Tensor, wanted: torch.Tensor, head: torch.nn.Module, softcap: float | None) -> torch.Tensor:
+    """-log p of each wanted token in nats, (positions,) in float32, without gradients; shapes as in `summed_nll`."""
+    tiles = [slice(start, start + TILE) for start in range(0, len(wanted), TILE)]
+    return torch.cat([_tile_nll(hidden[tile], wanted[tile], head, softcap, "none") for tile in tiles])
 
 
 def summed_nll(
@@ -55,8 +66,10 @@ def summed_nll(
     return total
 
 
-def _tile_nll(hidden: torch.Tensor, wanted: torch.Tensor, head: torch.nn.Module, softcap: float | None) -> torch.Tensor:
+def _tile_nll(
+    hidden: torch.Tensor, wanted: torch.Tensor, head: torch.nn.Module, softcap: float | None, reduction: str = "sum"
+) -> torch.Tensor:
     logits = head(hidden).float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits, wanted, reduction=reduction)

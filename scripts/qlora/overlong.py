@@ -55,8 +55,7 @@ def _parts_of_answer(tokens: Tokens, turn: tuple[int, int, int], room: int, open
         size = min(stop - begin, max(room - room // 2, room - (begin - start)))
         before = max(start, begin + size - room)
         part = _part(tokens, before, begin + size, opening)
-        learned_from = opening + begin - before
-        yield replace(part, labels=[IGNORED] * learned_from + part.labels[learned_from:])
+        yield replace(part, labels=[IGNORED] * (len(part.labels) - size) + part.labels[-size:])
         begin += size
 
 
@@ -75,7 +74,9 @@ def _turns(labels: list[int]) -> list[tuple[int, int, int]]:
 
 
 def _part(tokens: Tokens, begin: int, end: int, opening: int = 0) -> Tokens:
-    """The tokens from `begin` up to `end`, behind the row's first `opening` ones."""
+    """The tokens from `begin` up to `end`, behind the row's first `opening` ones, unless they begin with those."""
+    if tokens.input_ids[begin : begin + opening] == tokens.input_ids[:opening]:
+        opening = 0
     return replace(
         tokens,
         input_ids=tokens.input_ids[:opening] + tokens.input_ids[begin:end],

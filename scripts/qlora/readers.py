@@ -76,6 +76,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                     row = json.loads(line.rstrip())
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
+                except (ValueError, RecursionError) as error:  # an integer of thousands of digits; too deep a nesting
+                    raise UserError(f"{path}, line {number}: cannot be read as JSON ({error})") from error
                 yield _as_object(row, f"{path}, line {number}")
 
 
@@ -85,6 +87,10 @@ def _read_json(path: Path) -> Iterator[Row]:
             rows = json.load(file)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(rows, list):
         lists = [key for key, value in rows.items() if isinstance(value, list)] if isinstance(rows, dict) else []
         hint = f"; it has one under the key '{lists[0]}': save that list alone" if len(lists) == 1 else ""

@@ -179,11 +179,17 @@ def _labelled(
     return Tokens(ids, labels, apart, int(opens))
 
 
+def last_answer(labels: Sequence[int]) -> slice:
+    """Where the last learned stretch of a row lies."""
+    end = len(labels)
+    while end and labels[end - 1] == IGNORED:
+        end -= 1
+    start = end
+    while start and labels[start - 1] != IGNORED:
+        start -= 1
+    return slice(start, end)
+
+
 def prompt_ids(tokens: Tokens) -> list[int]:
     """The ids up to where the last learned stretch begins: what the model is given when it is asked."""
-    end = len(tokens.labels)
-    while end and tokens.labels[end - 1] == IGNORED:
-        end -= 1
-    while end and tokens.labels[end - 1] != IGNORED:
-        end -= 1
-    return tokens.input_ids[:end]
+    return tokens.input_ids[: last_answer(tokens.labels).start]

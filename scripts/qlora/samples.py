@@ -1,6 +1,6 @@
 """What the model answers to a few validation prompts while it learns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from qlora.files import read_jsonl, write_jsonl
 from qlora.generation import greedy
-from qlora.render import IGNORED, padding_id
+from qlora.render import last_answer, padding_id
 
 MOST_TOKENS = 64  # of a sampled answer
 SLACK = 8  # tokens that an answer may be longer than the longest true one
@@ -23,16 +23,21 @@ class Samples:
     path: Path
     tokenizer: Any
     writer: SummaryWriter
+    stops: Set[int]  # tokens at which an answer ends
 
     def answer(self, network: Any, step: int) -> None:
         """Add the greedy answers at `step` to the file and to TensorBoard; those of later steps are forgotten."""
         earlier = [row for row in read_jsonl(self.path) if row["step"] < step] if self.path.exists() else []
-        asked = [split_at_answer(row["input_ids"], row["labels"]) for row in self.rows]
+        places = [last_answer(row["labels"]) for row in self.rows]
+        asked = [
+            (row["input_ids"][: place.start], row["input_ids"][place])
+            for row, place in zip(self.rows, places, strict=True)
+        ]
         written: list[list[int]] = []
         if asked:
             limit = min(MOST_TOKENS, max(len(true) for _, true in asked) + SLACK)
-            stops = {true[-1] for _, true in asked}
-            written = greedy(network, [prompt for prompt, _ in asked], limit, stops, padding_id(self.tokenizer))
+            prompts = [prompt for prompt, _ in asked]
+            written = greedy(network, prompts, limit, self.stops, padding_id(self.tokenizer))
         now = [
             {"step": step, "prompt": self._text(prompt), "true": self._text(true), "generated": self._text(answer)}
             for (prompt, true), answer in zip(asked, written, strict=True)
@@ -44,14 +49,3 @@ class Samples:
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def split_at_answer(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """The ids before the last learned stretch, and those of the stretch."""
-    end = len(labels)
-    while labels[end - 1] == IGNORED:
-        end -= 1
-    start = end
-    while start and labels[start - 1] != IGNORED:
-        start -= 1
-    return ids[:start], ids[start:end]

@@ -17,6 +17,7 @@ from qlora.errors import UserError
 
 TODAY = date(2024, 7, 26)  # for templates that read the clock: the day that Llama 3.1's has where none is given
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(?P<format>[^"']*)\1\s*\)""")
+THOUGHT = "<think>"  # how the thought of a model that thinks begins
 ANOTHER_FORMAT = "set 'format' of the model to a named format"
 
 
@@ -61,7 +62,9 @@ def _rows(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> li
         done = prompt + answer
     else:
         rows = [joined]
-    _check_contents(messages[: learned[-1] + 1], rows, tokenizer)
+    for place, (prompt, answer) in zip(learned, texts, strict=True):
+        _check_contents(messages[:place], prompt, tokenizer)
+        _check_contents(messages[place : place + 1], answer, tokenizer)
     return rows
 
 
@@ -71,14 +74,18 @@ def _prompt_and_answer(messages: Sequence[Message], tokenizer: PreTrainedTokeniz
     Where a template leaves the end of a generation prompt out once the answer is there (an opened thought), the answer
     is what follows the beginning that both share.
     """
-    prompt = _render(messages[:-1], tokenizer, generate=True)
+    content = messages[-1]["content"].strip()
+    prompt = _render(messages[:-1], tokenizer, generate=True, thinking=THOUGHT in content)
     whole = _render(messages, tokenizer, generate=False)
     ending = answer_ending(tokenizer)
     if not whole.endswith(ending.text):
         raise UserError(
             f"{tokenizer.name_or_path}: its chat template ends one answer otherwise than another; {ANOTHER_FORMAT}"
         )
-    shared = len(prompt) if whole.startswith(prompt) else _shared(prompt, whole)
+    shared = len(prompt)
+    if not whole.startswith(prompt):
+        found = whole.rfind(content)
+        shared = min(_shared(prompt, whole), found if found >= 0 else len(whole))  # not into the answer itself
     return prompt, whole[shared : len(whole) - len(ending.text) + ending.learned]
 
 
@@ -98,12 +105,25 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     return pinned
 
 
-def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, generate: bool) -> str:
+def _render(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, generate: bool, thinking: bool = False
+) -> str:
+    """The template's text.
+
+    `thinking`: whether a template that knows the two (Qwen 3) lets an answer begin with a thought; where not, its
+    generation prompt ends with an empty one.
+    """
     turns: list[Any] = list(messages)
     template = _template(tokenizer)
     try:
         return str(
-            tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=generate)
+            tokenizer.apply_chat_template(
+                turns,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=generate,
+                enable_thinking=thinking,
+            )
         )
     except jinja2.TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
@@ -144,17 +164,14 @@ def _check_roles(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> 
         )
 
 
-def _check_contents(
-    messages: Sequence[Message], rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Raise UserError where a message stands in none of the rows; of an answer the thought before it may be missing."""
-    texts = ["".join(part.text for part in row) for row in rows]
+def _check_contents(messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where a message does not stand in the text; of an answer the thought before it may be missing."""
     for turn in messages:
         content = turn["content"].strip()
-        if any(content in text for text in texts):
+        if content in text:
             continue
         thoughts_left_out = added_pattern(tokenizer).split(content)[-1].strip()
-        if turn["role"] != "assistant" or not any(thoughts_left_out in text for text in texts):
+        if turn["role"] != "assistant" or thoughts_left_out not in text:
             shown = plain(content, tokenizer)[:40]
             change = "set 'system' of the model to user" if turn["role"] == "system" else ANOTHER_FORMAT
             raise UserError(

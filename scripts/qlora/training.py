@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
 from qlora.adapters import lora_config, loraplus_optimizer, lorentzian_penalty, start_from_rounding
-from qlora.batches import PackedBatch, PaddedBatch, packs_of
+from qlora.batches import LikeLengths, PackedBatch, PaddedBatch, packs_of
 from qlora.files import read_json
 from qlora.loss import add_supervised_loss
 from qlora.models import compute_dtype, load_quantized
@@ -62,6 +62,7 @@ class Trainer(SFTTrainer):
     model: PeftModel
     settings: Mapping[str, Any]  # the recipe
     samples: Samples
+    batching: str
     seconds = 0.0  # spent in training steps
 
     def trainable(self) -> list[torch.nn.Parameter]:
@@ -125,8 +126,15 @@ class Trainer(SFTTrainer):
     def evaluate(self, *args: Any, **rest: Any) -> dict[str, float]:
         """Evaluate on the validation rows, and answer a few of them."""
         metrics: dict[str, float] = super().evaluate(*args, **rest)
-        self.samples.answer(self.model, self.state.global_step)
+        with self.accelerator.autocast():  # the model's generation goes past the trainer's own
+            self.samples.answer(self.model, self.state.global_step)
         return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.batching != "grouped":
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset
+        return LikeLengths(rows["length"][:], self.args.per_device_train_batch_size, self.args.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the tokens seen to what is logged."""
@@ -155,11 +163,17 @@ class Job:
     folder: Path  # of checkpoints and samples
     tensorboard: str
 
+    @property
+    def validated(self) -> bool:
+        """Whether there are validation rows."""
+        return bool(read_json(self.tokens / "card.json")["validation"]["kept"])
+
 
 def make_trainer(job: Job) -> Trainer:
     """A trainer over the quantised base with fp32 adapters. The seed is set before the adapter exists."""
     tokenizer, settings = load_tokenizer(job.model), job.settings
-    shutil.rmtree(job.tensorboard, ignore_errors=True)
+    if not job.folder.is_dir():  # else it goes on from a checkpoint, and so do the curves
+        shutil.rmtree(job.tensorboard, ignore_errors=True)
     writer = SummaryWriter(job.tensorboard)
     network = load_quantized(job.model, settings["quantization"], job.device, job.attention)
     add_supervised_loss(network)
@@ -167,24 +181,25 @@ def make_trainer(job: Job) -> Trainer:
     if settings["patience"] is not None:
         callbacks.append(EarlyStoppingCallback(settings["patience"]))
     train, validation = (Dataset.from_file(str(job.tokens / f"{split}.arrow")) for split in ("train", "validation"))
+    card = read_json(job.tokens / "card.json")
     asked = validation.take(min(settings["samples"], len(validation)))
     collator: PackedBatch | PaddedBatch = PaddedBatch(padding_id(tokenizer))
     if job.batching == "packed":
-        room = read_json(job.tokens / "card.json")["max_length"]
+        room = card["max_length"]
         collator = PackedBatch(concatenate_datasets([train, validation]), room, padding_id(tokenizer))
         train, validation = packs_of(train, room, 0), packs_of(validation, room, len(train))
     trainer = Trainer(
         model=network,
         args=training_arguments(job),
         train_dataset=train,
-        eval_dataset=validation,
+        eval_dataset=validation if job.validated else None,
         processing_class=tokenizer,
         data_collator=collator,
         peft_config=lora_config(settings["lora"]),
         callbacks=callbacks,
     )
-    trainer.settings = settings
-    trainer.samples = Samples(list(asked), job.folder / "samples.jsonl", tokenizer, writer)
+    trainer.settings, trainer.batching = settings, job.batching
+    trainer.samples = Samples(list(asked), job.folder / "samples.jsonl", tokenizer, writer, set(card["stop ids"]))
     for parameter in trainer.trainable():  # TRL casts to bfloat16, where small steps are rounded away
         parameter.data = parameter.data.float()
     if settings["lora"]["init"] == "loftq":
@@ -216,7 +231,7 @@ def training_arguments(job: Job) -> SFTConfig:
         max_steps=settings["max_steps"] or -1,
         gradient_checkpointing=settings["checkpointing"],
         logging_steps=settings["log_steps"],
-        eval_strategy="steps" if settings["eval_steps"] else "no",
+        eval_strategy="steps" if settings["eval_steps"] and job.validated else "no",
         eval_steps=settings["eval_steps"],
         save_strategy="steps",
         save_steps=settings["save_steps"],
@@ -226,8 +241,7 @@ def training_arguments(job: Job) -> SFTConfig:
         remove_unused_columns=False,
         restore_callback_states_from_checkpoint=True,
         report_to=[],
-        train_sampling_strategy="group_by_length" if job.batching == "grouped" else "random",
-        length_column_name="length",
+        logging_nan_inf_filter=False,
         prediction_loss_only=True,
         disable_tqdm=True,
         dataloader_pin_memory=device != "cpu",

@@ -137,6 +137,8 @@ def make_run(folder: Path, run: str, model: str, seed: int) -> None:
                 "seed": seed,
                 "key": "0123456789abcdef",
             },
+            "adapter": {"adapter_model.safetensors": f"{seed:02x}" + "ad" * 31},
+            "commit": "c0" * 20,
             "settings": {"lora": {"r": 16, "alpha": 32, "target_modules": "all-linear"}, "learning_rate": 0.005},
             "pins": {"model": {"files": {"model.safetensors": "ab" * 32}}, "tokens": {"train.arrow": "cd" * 32}},
             "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0"},

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora.batches import PackedBatch, PaddedBatch, best_fit, packs_of
+from qlora.batches import LikeLengths, PackedBatch, PaddedBatch, best_fit, packs_of
 from qlora.render import IGNORED
 
 
@@ -84,3 +84,24 @@ def test_a_padded_batch_masks_what_is_padding_even_where_it_equals_a_token() -> 
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["tokens"].tolist() == [3, 1]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.long
+
+
+@given(st.lists(st.integers(1, 90), max_size=120), st.integers(1, 7), st.integers(0, 3))
+@settings(deadline=None, max_examples=100)
+def test_each_epoch_takes_each_row_once_in_its_own_order(lengths: list[int], size: int, epoch: int) -> None:
+    sampler, again = LikeLengths(lengths, size, 1), LikeLengths(lengths, size, 1)
+    for one in (sampler, again):
+        one.set_epoch(epoch)
+    assert sorted(sampler) == list(range(len(lengths)))
+    torch.manual_seed(epoch)  # which has no say
+    assert list(sampler) == list(sampler) == list(again)
+
+
+def test_batches_hold_rows_of_like_length() -> None:
+    lengths = [(37 * place) % 100 + 1 for place in range(200)]
+    order = list(LikeLengths(lengths, 4, 1))
+    spreads = [max(batch) - min(batch) for batch in zip(*[iter([lengths[row] for row in order])] * 4, strict=True)]
+    assert sum(spreads) / len(spreads) < 4
+    other = LikeLengths(lengths, 4, 1)
+    other.set_epoch(1)
+    assert list(other) != order

@@ -80,3 +80,11 @@ def test_rows_fit_and_a_split_learns_each_token_once_behind_its_context(lengths,
         assert all(label in (IGNORED, token) for label, token in zip(row.labels, row.input_ids, strict=True))
     if overlong == "split" or (overlong == "cut_prompt" and rows):
         assert learned(rows) == learned([tokens])
+
+
+def test_split_writes_no_second_bos_where_a_turn_begins_with_its_own():
+    ids = [1, 10, 20, 2, 1, 11, 21, 2, 1, 12, 22, 2]
+    labels = [X, X, 20, 2, X, X, 21, 2, X, X, 22, 2]
+    rows = fitted(Tokens(ids, labels, False, 1), 5, "split")
+    assert [row.input_ids for row in rows] == [ids[:4], ids[4:8], ids[8:]]
+    assert learned(rows) == [20, 2, 21, 2, 22, 2]

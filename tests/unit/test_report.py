@@ -166,6 +166,20 @@ def test_cards_and_provenance_are_complete(page: str) -> None:
         assert fact in text
 
 
+def test_what_a_run_is_stands_open_and_first(page: str) -> None:
+    section = page[page.index('id="provenance"') : page.index('id="reading"')]
+    topics = re.findall(r'<details class="card"( open)?>\s*<summary><b>(.*?)</b>', section)
+    assert (
+        [name for is_open, name in topics if is_open] == [name for _, name in topics][:3] == ["run", "adapter", "pins"]
+    )
+    rows = ["|".join(cells) for cells in Elements(page).rows]
+    assert "commit|" + "c0" * 20 in rows
+    assert "key|0123456789abcdef" in rows
+    assert "adapter_model.safetensors|00" + "ad" * 31 + "|01" + "ad" * 31 in rows
+    assert "model: files: model.safetensors|" + "ab" * 32 in rows
+    assert "make verify RUN=tiny-llama-s1" in section
+
+
 def test_a_second_time_gives_the_same_bytes(inputs: dict[str, Any], page: str, tmp_path: Path) -> None:
     assert write(tmp_path / "again.html", inputs) == page
 

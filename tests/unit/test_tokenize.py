@@ -28,10 +28,16 @@ def make_row(prompt: str, answer: str) -> dict[str, Any]:
     return {"id": f"train.jsonl:{prompt}", "slice": "", "messages": messages, "dataset": "notes"}
 
 
+def save_model(tokenizer: PreTrainedTokenizerFast, folder: Path, **config: Any) -> None:
+    """What tokenising needs of a model: its tokenizer and its config."""
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=200_000, max_position_embeddings=4096, **config).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_tokenizer().save_pretrained(folder)
+    save_model(make_tokenizer(), folder)
     return folder
 
 
@@ -140,7 +146,7 @@ TURNS = [("user", "How many?"), ("assistant", "42 boxes"), ("user", "Of what?"),
 @pytest.mark.parametrize("family", ["llama2", "qwen3"])
 def test_counts_add_up(tmp_path, family, overlong):
     tokenizer = family_tokenizer(family)
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model(tokenizer, tmp_path / "model")
     chat = {**CHAT, "messages": [message(*turn) for turn in TURNS]}
     rows = [make_row("a </s> b <|im_end|>", "b"), *LONG, chat, make_row("un", "happy"), chat]
     source = mixture(tmp_path / "all", rows, LONG[:1])
@@ -166,7 +172,7 @@ def test_counts_add_up(tmp_path, family, overlong):
 
 def test_system_message_goes_where_the_model_has_it(tmp_path):
     tokenizer = family_tokenizer("gemma-it")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model(tokenizer, tmp_path / "model")
     row = {
         **make_row("How many?", "2"),
         "messages": [message("system", "Be brief."), *make_row("How many?", "2")["messages"]],
@@ -175,6 +181,25 @@ def test_system_message_goes_where_the_model_has_it(tmp_path):
     tokenize_mixture(source, tmp_path / "model", tmp_path / "tokens", None, 200, "drop", system="user")
     [written] = load(tmp_path / "tokens" / "train.arrow")
     assert "<start_of_turn>user\nBe brief.\n\nHow many?<end_of_turn>" in tokenizer.decode(written["input_ids"])
+
+
+def test_a_row_with_an_id_beyond_the_embedding_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "small")
+    LlamaConfig(vocab_size=len(tokenizer) - 1, max_position_embeddings=64).save_pretrained(tmp_path / "small")
+    last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1).replace("Ġ", " ")
+    source = mixture(tmp_path / "all", [make_row("a", "b"), make_row("c", last)], [])
+    with pytest.raises(UserError, match=r"line 2 .*has \d+ rows; take the token out of the row"):
+        tokenize_mixture(source, tmp_path / "small", tmp_path / "tokens", BARE, 64, "drop")
+
+
+def test_the_card_says_at_which_ids_an_answer_ends(tmp_path):
+    tokenizer = family_tokenizer("gemma2")
+    save_model(tokenizer, tmp_path / "model")
+    source = mixture(tmp_path / "all", [make_row("a", "b")], [])
+    tokenize_mixture(source, tmp_path / "model", tmp_path / "tokens", None, 64, "drop")
+    named = tokenizer.convert_ids_to_tokens(read_json(tmp_path / "tokens" / "card.json")["stop ids"])
+    assert sorted(named) == ["<end_of_turn>", "<eos>"]
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(max_position_embeddings=64), FalconConfig(max_position_embeddings=64)])
@@ -204,7 +229,7 @@ def lossy_model(folder: Path, kind: str) -> Path:
             "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
         }[kind]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
-    tokenizer.save_pretrained(folder / "lossy-1b")
+    save_model(tokenizer, folder / "lossy-1b")
     return folder / "lossy-1b"
 
 
@@ -232,7 +257,7 @@ UNUSUAL = "Où  est 数据 🙂?\n\n\tIt isn't   here, is it? x=1;y -= 2 e\u0301
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_give_back_what_they_can(tmp_path, family):
     tokenizer = family_tokenizer(family)
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model(tokenizer, tmp_path / "model")
     source = mixture(tmp_path / "all", [make_row(UNUSUAL, UNUSUAL), make_row("a", "bars: ▁▂▃")], [])
     form = None if tokenizer.chat_template else PLAIN
     tokenize_mixture(source, tmp_path / "model", tmp_path / "tokens", form, 1000, "drop", lossy=1.0)
@@ -250,7 +275,7 @@ def test_real_tokenizers_give_back_what_they_can(tmp_path, name):
 
 def test_thought_that_a_template_leaves_out_is_not_lost(tmp_path):
     tokenizer = family_tokenizer("qwen3")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model(tokenizer, tmp_path / "model")
     turns = [*TURNS[:1], ("assistant", "<think>six by seven</think>42 boxes"), *TURNS[2:]]
     source = mixture(tmp_path / "all", [{**CHAT, "messages": [message(*turn) for turn in turns]}], [])
     tokenize_mixture(source, tmp_path / "model", tmp_path / "tokens", None, 1000, "drop", lossy=0.0)
@@ -260,7 +285,7 @@ def test_thought_that_a_template_leaves_out_is_not_lost(tmp_path):
 def test_thought_that_a_template_writes_anew_is_looked_for_in_its_pieces(tmp_path):
     tokenizer = family_tokenizer("qwen3")
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model(tokenizer, tmp_path / "model")
     turns = [message("user", "how many?"), message("assistant", "<think>Six by seven</think>42 boxes")]
     source = mixture(tmp_path / "all", [{**CHAT, "messages": turns}], [])
     tokenize_mixture(source, tmp_path / "model", tmp_path / "tokens", None, 1000, "drop", lossy=1.0)

@@ -120,6 +120,23 @@ def test_a_model_that_mixes_packed_rows_gets_batches_of_like_length(case: Case) 
         write_json(case.preflight, {"model": "base", "packs": True})
 
 
+def test_another_width_of_packed_rows_is_another_run(case: Case) -> None:
+    card = read_json(case.tokens / "card.json")
+    narrow = adapter_bytes(case.train("narrow", finished="widths", batching="packed"))
+    write_json(case.tokens / "card.json", {**card, "max_length": 64})
+    try:
+        assert adapter_bytes(case.train("wide", finished="widths", batching="packed")) != narrow
+    finally:
+        write_json(case.tokens / "card.json", card)
+
+
+def test_a_run_that_diverged_is_refused(case: Case) -> None:
+    with pytest.raises(UserError, match="training diverged, the adapter holds numbers that are not finite"):
+        case.train("diverged", learning_rate=1e30, eval_steps=None, max_grad_norm=1e30, max_steps=4)
+    assert not (case.root / "diverged/adapter").exists()
+    assert not (case.root / "finished/diverged").exists()
+
+
 def test_out_of_memory_is_told_with_the_way_out(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **rest: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -136,32 +153,41 @@ def test_a_run_leaves_its_samples(case: Case) -> None:
     assert [row["step"] for row in rows] == [3, 3, 6, 6]
 
 
-def test_an_interrupted_run_goes_on_and_ends_in_the_same_adapter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = case.train("whole", checkpoints="elsewhere", samples=2)
+class Interrupt(TrainerCallback):
+    """Stops a training with a Ctrl-C when its fifth step begins."""
 
-    class Interrupt(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            if state.global_step == 5:
-                raise KeyboardInterrupt
+    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
 
+
+@pytest.mark.parametrize("batching", ["padded", "grouped", "packed"])
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_adapter(
+    case: Case, monkeypatch: pytest.MonkeyPatch, batching: str
+) -> None:
+    # Five steps are in the second epoch, or later: 20 rows in batches of four or eight.
+    settings: dict[str, Any] = {"batching": batching, "samples": 2, "max_steps": 8}
+    settings |= {"batch_size": 8 if batching != "packed" else 2}
+    whole = case.train(f"whole-{batching}", checkpoints="elsewhere", **settings)
     made = stage.make_trainer
 
-    def interrupted(*arguments: Any) -> Trainer:
-        trainer = made(*arguments)
+    def interrupted(job: Job) -> Trainer:
+        trainer = made(job)
         trainer.add_callback(Interrupt())
         return trainer
 
     monkeypatch.setattr(stage, "make_trainer", interrupted)
+    name = f"resumed-{batching}"
     with pytest.raises(KeyboardInterrupt):
-        case.train("resumed", samples=2)
-    assert not (case.root / "resumed/adapter").exists()
+        case.train(name, **settings)
+    assert not (case.root / name / "adapter").exists()
     monkeypatch.setattr(stage, "make_trainer", made)
-    resumed = case.train("resumed", samples=2)
+    resumed = case.train(name, **settings)
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
     record = read_json(resumed / "run.json")
     assert record["resumed from"] == "checkpoint-4"
-    assert adapter_bytes(resumed) == adapter_bytes(whole)
-    for name in ("training_log.csv", "samples.jsonl"):
-        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    for file in ("training_log.csv", "samples.jsonl"):
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes()
     assert record["tokens"] == read_json(whole / "run.json")["tokens"]
 
 

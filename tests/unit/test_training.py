@@ -109,7 +109,7 @@ def eight(bench: Bench) -> Bench:
     rows[3]["labels"] = [IGNORED] * len(rows[3]["labels"])
     for split in ("train", "validation"):
         write_stream(small.tokens / f"{split}.arrow", rows)
-    (small.tokens / "card.json").write_text(json.dumps({"max_length": 64}))
+    (small.tokens / "card.json").write_text(json.dumps({"max_length": 64, "validation": {"kept": 8}, "stop ids": [2]}))
     return small
 
 
@@ -298,3 +298,16 @@ def test_b_has_a_learning_rate_of_its_own_where_asked(bench: Bench) -> None:
     for name, weight in trainer.model.named_parameters():
         if weight.requires_grad:
             assert rates[id(weight)] == pytest.approx(4e-3 if "lora_B" in name else 1e-3), name
+
+
+def test_without_validation_rows_there_is_no_evaluation(eight: Bench) -> None:
+    bare = Bench.__new__(Bench)
+    bare.root, bare.base, bare.tokens = eight.root / "bare", eight.base, eight.root / "bare/tokens"
+    bare.tokens.mkdir(parents=True)
+    rows = list(Dataset.from_file(str(eight.tokens / "train.arrow")))
+    write_stream(bare.tokens / "train.arrow", rows)
+    write_stream(bare.tokens / "validation.arrow", rows[:1])
+    (bare.tokens / "card.json").write_text(json.dumps({"max_length": 64, "validation": {"kept": 0}, "stop ids": [2]}))
+    trainer = bare.trainer(eval_steps=1, samples=2)
+    trainer.train()
+    assert not any("eval_loss" in entry for entry in trainer.state.log_history)

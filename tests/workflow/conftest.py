@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from repositories import Repository
 from workspaces import Workspace
 
 
@@ -29,3 +30,18 @@ def finished_copy(finished: Workspace, tmp_path: Path) -> Workspace:
     copy = Workspace.__new__(Workspace)
     copy.folder = folder
     return copy
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A repository whose results `dvc repro` made, recorded, committed and pushed to a folder beside it.
+
+    Tests only clone or copy it.
+    """
+    folder = tmp_path_factory.mktemp("published")
+    repository = Repository(folder / "origin")
+    repository.set_remote(str(folder / "remote"))
+    repository.dvc("repro")
+    repository.tool("record")
+    repository.commit("the results")
+    return repository

@@ -1,6 +1,7 @@
 """Ctrl-C in the middle, a kill, a full disk: nothing half-written, and starting again goes on."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -50,6 +51,7 @@ def test_a_stopped_training_leaves_no_output_and_goes_on_from_its_checkpoint(
     workspace.snakemake("--cores", "2", ADAPTER, configs=OVERLAYS)
     assert "going on from" in workspace.read("results/logs/train/llama.log")
     resumed = (workspace.folder / ADAPTER / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(workspace.folder / "results/finished")  # else it would be taken from there
     workspace.snakemake("--cores", "2", ADAPTER, "--forcerun", "train", configs=OVERLAYS)
     assert "starting at step 0" in workspace.read("results/logs/train/llama.log")
     assert (workspace.folder / ADAPTER / "adapter_model.safetensors").read_bytes() == resumed
