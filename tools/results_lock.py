@@ -22,6 +22,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 from qlora.code_hash import code_hash  # noqa: E402 (scripts/ is no package)
 from qlora.config import checked_config  # noqa: E402
+from qlora.errors import UserError  # noqa: E402
 from qlora.files import files_below, read_json, sha256_of, sha256_of_file  # noqa: E402
 
 LOCK = Path("results/lock.json")
@@ -52,9 +53,14 @@ def stage_outputs(root: Path) -> dict[str, list[str]]:
 
 
 def declared_outputs(root: Path) -> list[str]:
-    """The files and folders that the default's jobs make: not what an experiment or an earlier config left beside."""
+    """The files and folders that the default's jobs make: not what an experiment or an earlier config left beside.
+
+    Raises UserError where Snakemake cannot plan the jobs.
+    """
     command = [sys.executable, "-m", "snakemake", "--summary"]
-    done = subprocess.run(command, cwd=root, check=True, text=True, capture_output=True)
+    done = subprocess.run(command, cwd=root, text=True, capture_output=True)
+    if done.returncode:
+        raise UserError("the default cannot be planned; `.venv/bin/snakemake -n` says why")
     return [line.split("\t")[0] for line in done.stdout.splitlines()[1:]]
 
 
@@ -63,11 +69,6 @@ def content_hash(path: Path) -> str:
     if path.name != "run.json":
         return sha256_of_file(path)
     return _hash({key: value for key, value in read_json(path).items() if key not in DIFFERS})
-
-
-def output_hashes(root: Path) -> Files:
-    """The hash of every output file of the default below `root`, stage by stage, the report left out."""
-    return hashes_of(root, stage_outputs(root), declared_outputs(root))
 
 
 def hashes_of(root: Path, stages: Mapping[str, Sequence[str]], declared: Iterable[str]) -> Files:

@@ -46,7 +46,7 @@ def test_a_changed_recipe_reruns_from_train_on_and_its_difference_is_a_number(
     copy = published.copy(tmp_path / "copy")
     before = copy.config()["recipes"]["brief"]["max_steps"]
     output = copy.dvc("exp", "run", "--set-param", "config/config.yaml:recipes.brief.max_steps=3")
-    assert stages_run(output) == ["train", "predict", "evaluate", "report"]
+    assert stages_run(output) == ["preflight", "train", "predict", "evaluate", "report"]
     jobs = re.findall(r"Finished jobid: \d+ \(Rule: (\w+)\)", output)
     assert jobs == ["train", "predict_tuned", "evaluate_tuned", "collect", "report"]
     assert copy.jobs() == set()

@@ -1,0 +1,202 @@
+"""What `make record` and `make restore` refuse, and what they read out of DVC's and Snakemake's words."""
+
+import json
+import os
+from base64 import urlsafe_b64encode
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora.errors import UserError
+from qlora.files import sha256_of_file
+from record import changed_files, changed_since, drop_half_written
+from recorded import (
+    NO_SPACE,
+    Out,
+    Planned,
+    alone,
+    files_of_outs,
+    job_hash,
+    job_records,
+    md5_of,
+    not_in_cache,
+    read_plan,
+    why_failed,
+)
+from restore import dirty, lost, not_recorded, other_bytes
+
+PLAN = """Building DAG of jobs...
+Job stats:
+job      count
+-----  -------
+train        1
+all          1
+total        2
+
+
+[Sat Nov 21 03:55:13 2026]
+Job 1: train llama
+Reason: Params have changed since last execution
+[Sat Nov 21 03:55:13 2026]
+Job 0: all done
+"""
+
+
+def noted(root: Path, path: str, **more: Any) -> dict[str, Any]:
+    """Write an output and Snakemake's note about its job."""
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(path)
+    record = {"params": ["1"], "input": [], "input_checksums": {}, "endtime": (root / path).stat().st_mtime, **more}
+    note = root / ".snakemake/metadata" / urlsafe_b64encode(path.encode()).decode()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(record))
+    return record
+
+
+def kept(root: Path, content: bytes) -> str:
+    """Put a content into DVC's cache; its MD5."""
+    scratch = root / "scratch"
+    scratch.write_bytes(content)
+    md5 = md5_of(scratch)
+    place = root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    scratch.rename(place)
+    return md5
+
+
+def test_a_plan_is_its_jobs_and_the_first_with_its_reason():
+    assert read_plan("...\nNothing to be done (all requested files are present and up to date).\n") == Planned(0, None)
+    assert read_plan(PLAN) == Planned(1, "train llama (Params have changed since last execution)")
+
+
+def test_a_failure_is_told_in_one_line():
+    assert why_failed("dvc", "x\nERROR: failed to push - No space left on device\n") == NO_SPACE
+    assert why_failed("dvc", "working\nERROR: no such remote\nHaving any troubles?\n") == "dvc: no such remote"
+    assert why_failed("snakemake", "\nWorkflowError in x\n") == "snakemake: WorkflowError in x"
+
+
+def test_the_lock_names_who_holds_it_and_a_running_snakemake_is_seen(tmp_path):
+    with (
+        alone(tmp_path, "make record"),
+        pytest.raises(UserError, match=rf"make record \(process {os.getpid()}\) is at work here: wait"),
+        alone(tmp_path, "make restore"),
+    ):
+        pass
+    (tmp_path / ".snakemake/locks").mkdir(parents=True)
+    (tmp_path / ".snakemake/locks/0.input.lock").touch()
+    with pytest.raises(UserError, match="snakemake --unlock"), alone(tmp_path, "make record"):
+        pass
+
+
+def test_outputs_as_their_jobs_wrote_them_are_not_refused(tmp_path):
+    noted(tmp_path, "results/a")
+    noted(tmp_path, "results/b", input_checksums={"results/a": f"sha256:{sha256_of_file(tmp_path / 'results/a')}"})
+    assert changed_files(tmp_path, job_records(tmp_path)) is None
+
+
+def test_an_output_that_is_newer_than_its_job_is_named(tmp_path):
+    noted(tmp_path, "results/a", endtime=1.0)
+    assert changed_files(tmp_path, job_records(tmp_path)) == "results/a was modified after its job wrote it"
+
+
+def test_an_output_with_other_bytes_than_were_read_is_named(tmp_path):
+    noted(tmp_path, "results/a")
+    noted(tmp_path, "results/b", input_checksums={"results/a": "sha256:00"})
+    assert (
+        changed_files(tmp_path, job_records(tmp_path)) == "results/a is not what it was when results/b was made of it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "about", "file"),
+    [
+        ("results/sources/models/m/source.json", {"files": {"w": {"sha256": "00"}}}, "results/sources/models/m/w"),
+        ("results/runs/r/run.json", {"adapter": {"w": "00"}}, "results/runs/r/adapter/w"),
+    ],
+)
+def test_a_file_with_another_hash_than_the_results_note_is_named(tmp_path, record, about, file):
+    for path, text in ((record, json.dumps(about)), (file, "other")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert changed_files(tmp_path, {}) == f"{file} is not what its job wrote"
+
+
+def test_what_differs_from_an_equal_record_is_named_and_another_machine_is_none():
+    before = {"decided by": "1", "hardware": {}, "files": {"train": {"a": "0"}}}
+    now = {**before, "files": {"train": {"a": "1"}}}
+    assert "train" in changed_since(before, now)
+    assert changed_since({}, now) is None
+    assert changed_since(before, {**now, "hardware": {"a": "another"}}) is None
+    assert changed_since(before, {**now, "decided by": "2"}) is None
+
+
+@pytest.mark.parametrize(("text", "stays"), [("stages: {}\n", True), ("stages: {a", False), ("", False)])
+def test_a_half_written_lock_goes(tmp_path, text, stays):
+    path = tmp_path / "dvc.lock"
+    path.write_text(text)
+    drop_half_written(path)
+    assert path.exists() == stays
+
+
+def test_a_job_is_another_when_its_params_inputs_or_own_files_are(tmp_path):
+    record = noted(tmp_path, "results/a", input_checksums={"data/x": "1", "results/y": "1"})
+    same = {**record, "endtime": 5, "input_checksums": {"data/x": "1", "results/y": "2"}}
+    assert job_hash(same) == job_hash(record)
+    for other in ({"params": ["2"]}, {"input": ["b"]}, {"input_checksums": {"data/x": "2"}}):
+        assert job_hash({**record, **other}) != job_hash(record)
+
+
+def test_a_long_name_of_a_record_is_read_over_its_folders(tmp_path):
+    path = f"results/{'x' * 200}/a"
+    record = noted(tmp_path, "results/a")
+    name = urlsafe_b64encode(path.encode()).decode()
+    cut = tmp_path / ".snakemake/metadata" / f"@{name[:100]}" / name[100:]
+    cut.parent.mkdir()
+    cut.write_text(json.dumps(record))
+    assert path in job_records(tmp_path)
+
+
+def test_a_lock_of_another_record_is_refused():
+    outs = {"results/runs": Out("1.dir", True)}
+    assert not_recorded(outs, {"outs": {"results/runs": "1.dir"}}) is None
+    assert "are not of one record" in not_recorded(outs, {"outs": {"results/runs": "2.dir"}})
+    assert "nothing is recorded" in not_recorded({}, {})
+
+
+def test_a_dirty_tree_is_refused_with_a_file():
+    assert dirty("") is None
+    assert dirty("M config/config.yaml\n M x").startswith("config/config.yaml differs from the commit")
+
+
+def test_missing_and_damaged_contents_of_the_cache_are_told_apart(tmp_path):
+    good, bad = kept(tmp_path, b"good"), kept(tmp_path, b"bad")
+    entries = [{"md5": good, "relpath": "g"}, {"md5": bad, "relpath": "b"}, {"md5": "0" * 32, "relpath": "m"}]
+    outs = {"results/runs": Out(kept(tmp_path, json.dumps(entries).encode()) + ".dir", True)}
+    listed = tmp_path / ".dvc/cache/files/md5" / outs["results/runs"].md5[:2] / outs["results/runs"].md5[2:]
+    listed.with_suffix("").rename(listed)
+    (tmp_path / ".dvc/cache/files/md5" / bad[:2] / bad[2:]).write_bytes(b"worse")
+    assert not_in_cache(tmp_path, outs) == {"results/runs/b": "damaged", "results/runs/m": "missing"}
+    listed.unlink()
+    assert files_of_outs(tmp_path, outs) == {"results/runs": outs["results/runs"].md5}
+    assert not_in_cache(tmp_path, outs) == {"results/runs": "missing"}
+
+
+def test_only_a_file_that_nothing_else_has_would_be_lost(tmp_path):
+    folder = tmp_path / "results/runs/r"
+    (folder / "merged").mkdir(parents=True)
+    (folder / "merged/model").write_text("made on request")
+    (folder / "old").write_text("recorded before")
+    kept(tmp_path, b"recorded before")
+    assert lost(tmp_path, ["results/runs", "results/none"], {}) is None
+    (folder / "new").write_text("not recorded")
+    assert lost(tmp_path, ["results/runs"], {}).startswith("results/runs/r/new would be lost, it is not recorded")
+    assert lost(tmp_path, ["results/runs"], {"results/runs/r/new": md5_of(folder / "new")}) is None
+
+
+def test_the_first_file_with_other_bytes_is_named(tmp_path):
+    (tmp_path / "a").write_text("a")
+    right = md5_of(tmp_path / "a")
+    assert other_bytes(tmp_path, {"a": right}) is None
+    assert other_bytes(tmp_path, {"a": "00"}).startswith("a is not the file that dvc.lock has")
+    assert other_bytes(tmp_path, {"a": right, "b": right}).startswith("b is missing")

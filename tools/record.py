@@ -1,0 +1,159 @@
+"""Record the results as they are: into DVC's cache, dvc.lock and results/lock.json. `make record`.
+
+Refused where that would bless something stale, or a file that changed after its job wrote it.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+from qlora.errors import UserError  # noqa: E402
+from qlora.files import read_json, sha256_of_file, write_json  # noqa: E402
+from recorded import (  # noqa: E402 (scripts/ is no package)
+    NO_SPACE,
+    Out,
+    alone,
+    drop_damaged,
+    finish,
+    job_hash,
+    job_records,
+    not_in_cache,
+    planned,
+    ran,
+    recorded_outs,
+    remote_name,
+)
+from results_lock import LEFT_OUT, LOCK, counted, first_difference, made_lock, stage_outputs  # noqa: E402
+
+WHAT = "make record"
+
+
+def record(root: Path) -> str:
+    """Record the results below `root`, and say what was recorded. Raises UserError with the reason to refuse."""
+    if not (root / "results/metrics.csv").exists():
+        raise UserError("there are no results: make them with `make demo` or snakemake, then record")
+    places = [path for paths in stage_outputs(root).values() for path in paths]
+    records = {path: noted for path, noted in job_records(root).items() if lies_in(path, places)}
+    refuse(changed_files(root, records))
+    plan = planned(root)
+    if plan.first:
+        raise UserError(f"the results are stale, {plan.jobs} jobs are due, first: {plan.first}; run snakemake first")
+    lock, before = made_lock(root), read_json(root / LOCK) if (root / LOCK).exists() else {}
+    refuse(changed_since(before, lock))
+    drop_half_written(root / "dvc.lock")
+    outs = into_cache(root)
+    files = [Path(file) for files in lock["files"].values() for file in files]
+    declared = {place.as_posix() for file in files for place in (file, *file.parents)}
+    jobs = {path: job_hash(noted) for path, noted in records.items() if path in declared or lies_in(path, [LEFT_OUT])}
+    made = {**lock, "outs": {path: out.md5 for path, out in outs.items()}, "jobs": jobs}
+    unchanged = {**made, "commit": before.get("commit")} == before  # recorded again: not a file differs then
+    write_json(root / LOCK, before if unchanged else made)
+    kept = push(root)
+    return f"Recorded {counted(lock['files'])}, {kept}; next: git add config dvc.lock results && git commit"
+
+
+def into_cache(root: Path) -> dict[str, Out]:
+    """Have DVC keep the outputs; raises UserError where its cache is not whole then, which DVC says nothing of.
+
+    Twice, since what a full disk or a bad one left in the cache must go first.
+    """
+    for _ in range(2):
+        ran(root, "dvc", "commit", "--force", "--no-relink")
+        outs = recorded_outs(root)
+        bulk = {path: out for path, out in outs.items() if out.cached}
+        absent = not_in_cache(root, bulk)
+        if not absent:
+            return outs
+        drop_damaged(root, bulk)
+    raise UserError(f"DVC's cache did not take {next(iter(absent))}: {NO_SPACE}")
+
+
+def push(root: Path) -> str:
+    """Send what was recorded to the remote, if there is one; says where it is kept now."""
+    remote = remote_name(root)
+    if not remote:
+        return "in the cache of this folder alone (no DVC remote)"
+    try:
+        ran(root, "dvc", "push")
+    except UserError as error:
+        raise UserError(
+            f"recorded here, but not in the remote '{remote}' ({error}); mend that, then make record"
+        ) from None
+    return f"in the cache and the remote '{remote}'"
+
+
+def lies_in(path: str, folders: Iterable[str]) -> bool:
+    """Whether a path is one of the folders (or files), or below one."""
+    return any(Path(path).is_relative_to(folder) for folder in folders)
+
+
+def refuse(file: str | None) -> None:
+    """Raise UserError about a file that is not what its job wrote."""
+    if file:
+        raise UserError(f"{file}; delete it and run snakemake, which makes it anew, then record")
+
+
+def changed_files(root: Path, records: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first output that is not what its job wrote, in words; None for none.
+
+    Told by its time, by what the jobs after it noted as its SHA-256, by source.json, and by run.json.
+    """
+    for path, noted in sorted(records.items()):
+        for file in sorted((root / path).rglob("*")) if (root / path).is_dir() else [root / path]:
+            if file.is_file() and file.lstat().st_mtime > noted["endtime"]:
+                return f"{file.relative_to(root)} was modified after its job wrote it"
+        for name, checksum in sorted((noted["input_checksums"] or {}).items()):
+            if (root / name).is_file() and name in records and sha256_of_file(root / name) != checksum.split(":")[-1]:
+                return f"{name} is not what it was when {path} was made of it"
+    for file, digest in sorted(noted_hashes(root).items()):
+        if not file.is_file() or sha256_of_file(file) != digest:
+            return f"{file.relative_to(root)} is not what its job wrote"
+    return None
+
+
+def noted_hashes(root: Path) -> dict[Path, str]:
+    """File → SHA-256 that the results themselves note: of the sources' files and of the adapters'."""
+    noted: dict[Path, str] = {}
+    for source in (root / "results/sources").glob("*/*/source.json"):
+        noted |= {source.parent / name: file["sha256"] for name, file in read_json(source)["files"].items()}
+    for run in (root / "results/runs").glob("*/run.json"):
+        noted |= {run.parent / "adapter" / name: digest for name, digest in read_json(run)["adapter"].items()}
+    return noted
+
+
+def changed_since(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first file that differs from what the same config, code and machine recorded before, in words."""
+    if any(before.get(key) != now[key] for key in ("decided by", "hardware")):
+        return None
+    difference = first_difference(before["files"], now["files"])
+    return f"{difference} from what the same configuration and code recorded before" if difference else None
+
+
+def drop_half_written(path: Path) -> None:
+    """Remove a dvc.lock that a kill left half-written: DVC writes all of it anew."""
+    try:
+        whole = not path.exists() or isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+    except yaml.YAMLError:
+        whole = False
+    if not whole:
+        path.unlink()
+
+
+def main() -> int:
+    """Record, and print in one line what was recorded or why not; returns the exit status."""
+    try:
+        with alone(ROOT, WHAT):
+            print(record(ROOT))
+    except UserError as error:
+        return finish(WHAT, error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

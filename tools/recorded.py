@@ -1,0 +1,212 @@
+"""What `make record` and `make restore` share: the lines of DVC and Snakemake, and what was recorded, by content."""
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from base64 import urlsafe_b64decode
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+from qlora.errors import UserError  # noqa: E402
+from qlora.files import read_json  # noqa: E402
+from results_lock import dvc_stages  # noqa: E402 (scripts/ is no package)
+
+CACHE = Path(".dvc/cache/files/md5")
+METADATA = Path(".snakemake/metadata")
+CUT_OFF = Path(".snakemake/restoring")  # there while `make restore` is at work; the Snakefile refuses to run then
+HASH_BLOCK = 1 << 20  # bytes
+NO_SPACE = "no space left on the disk: free some and start again"
+
+
+class Out(NamedTuple):
+    """An output that dvc.lock holds: its MD5, `.dir` behind that of a folder, and whether its bytes are DVC's."""
+
+    md5: str
+    cached: bool
+
+
+class Planned(NamedTuple):
+    """What a dry run says: how many jobs, and the first of them with its reason; None where there is none."""
+
+    jobs: int
+    first: str | None
+
+
+def ran(root: Path, tool: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `dvc` or `snakemake` of this environment, both streams into `stdout`. Raises UserError where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", tool, *arguments],
+        cwd=root,
+        env={**os.environ, "NO_COLOR": "1", "DVC_NO_ANALYTICS": "1", "RESTORING": "1"},
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        close_fds=False,  # the lock of `alone` outlives a kill of this process until the tool that it started ends
+        check=False,
+    )
+    if check and done.returncode:
+        raise UserError(why_failed(tool, done.stdout))
+    return done
+
+
+def why_failed(tool: str, shown: str) -> str:
+    """One line out of what DVC or Snakemake said on failing."""
+    if "No space left on device" in shown:
+        return NO_SPACE
+    lines = [line.strip() for line in shown.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return f"{tool}: {(errors or lines or ['it failed without a word'])[0]}"
+
+
+@contextmanager
+def alone(root: Path, what: str) -> Iterator[None]:
+    """Hold the lock of this folder's results, or raise UserError that names who has it.
+
+    The processes started meanwhile inherit it.
+    """
+    path = root / ".dvc/tmp/results.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{file.read().strip()} is at work here: wait for its end") from None
+        os.set_inheritable(file.fileno(), True)
+        file.truncate(0)
+        file.write(f"{what} (process {os.getpid()})")
+        file.flush()
+        if any((root / ".snakemake/locks").glob("*")):
+            raise UserError("snakemake is at work here: wait for its end, or, if it was killed: snakemake --unlock")
+        yield
+
+
+def planned(root: Path, *arguments: str) -> Planned:
+    """What Snakemake would do now; raises UserError where it cannot say."""
+    return read_plan(ran(root, "snakemake", "-n", *arguments).stdout)
+
+
+def read_plan(shown: str) -> Planned:
+    """The number of jobs and the first one in what `snakemake -n` prints; `all` is no job."""
+    lines = shown.splitlines()
+    if any("Nothing to be done" in line for line in lines):
+        return Planned(0, None)
+    message = next(place for place, line in enumerate(lines) if line.startswith("Job ") and ": " in line)
+    total = next(int(line.split()[1]) for line in lines if line.startswith("total "))
+    name = lines[message].split(": ", 1)[1]
+    reason = lines[message + 1].removeprefix("Reason: ").strip()
+    return Planned(max(total - 1, 1), f"{name} ({reason})")
+
+
+def md5_of(path: Path) -> str:
+    """MD5 of a file's bytes, as DVC names contents."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def recorded_outs(root: Path) -> dict[str, Out]:
+    """Path → output, of all that dvc.lock holds; none where there is no dvc.lock."""
+    if not (root / "dvc.lock").exists():
+        return {}
+    uncached = {
+        path
+        for stage in dvc_stages(root).values()
+        for output in [*stage.get("outs", []), *stage.get("metrics", [])]
+        for path, flags in (output.items() if isinstance(output, Mapping) else [])
+        if not flags.get("cache", True)
+    }
+    stages = (yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8")) or {}).get("stages", {})
+    return {
+        out["path"]: Out(out["md5"], out["path"] not in uncached)
+        for stage in stages.values()
+        for out in stage.get("outs", [])
+    }
+
+
+def cached(root: Path, md5: str) -> Path:
+    """Where DVC's cache keeps a content."""
+    return root / CACHE / md5[:2] / md5[2:]
+
+
+def damaged(root: Path, md5: str) -> bool:
+    """Whether the cache's file is there with other bytes than its name says."""
+    path = cached(root, md5)
+    return path.exists() and md5_of(path) != md5.removesuffix(".dir")
+
+
+def files_of_outs(root: Path, outs: Mapping[str, Out]) -> dict[str, str]:
+    """Path → MD5 of each file of the outputs, those of folders from the lists in DVC's cache.
+
+    Of a folder whose list is missing or damaged, the entry is the folder itself.
+    """
+    files: dict[str, str] = {}
+    for path, out in outs.items():
+        if out.md5.endswith(".dir") and cached(root, out.md5).exists() and not damaged(root, out.md5):
+            files |= {f"{path}/{entry['relpath']}": entry["md5"] for entry in read_json(cached(root, out.md5))}
+        else:
+            files[path] = out.md5
+    return files
+
+
+def not_in_cache(root: Path, outs: Mapping[str, Out]) -> dict[str, str]:
+    """File → `missing` or `damaged`, of those whose recorded bytes DVC's cache has not."""
+    lists = {path: out.md5 for path, out in outs.items()}
+    absent = {}
+    for path, md5 in [*lists.items(), *files_of_outs(root, outs).items()]:
+        if damaged(root, md5):
+            absent[path] = "damaged"
+        elif not cached(root, md5).exists():
+            absent.setdefault(path, "missing")
+    return absent
+
+
+def drop_damaged(root: Path, outs: Mapping[str, Out]) -> None:
+    """Remove the outputs' damaged contents from DVC's cache: DVC gets what is not there, and trusts what is."""
+    for md5 in {*files_of_outs(root, outs).values(), *(out.md5 for out in outs.values())}:
+        if damaged(root, md5):
+            cached(root, md5).unlink()
+
+
+def job_records(root: Path) -> dict[str, dict[str, Any]]:
+    """Output → what Snakemake noted about the job that made it, of all that it made in this folder."""
+    folder = root / METADATA
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {_output_of(file.relative_to(folder)): {**read_json(file), "noted in": str(file)} for file in files}
+
+
+def _output_of(name: Path) -> str:
+    """The path that Snakemake's name for a record stands for: base64, cut into folders that begin with @."""
+    return urlsafe_b64decode("".join(part.removeprefix("@") for part in name.parts)).decode()
+
+
+def job_hash(record: Mapping[str, Any]) -> str:
+    """A hash (16 hex digits) over what decides whether a job is due: its params, inputs, and the bytes of ours."""
+    ours = {path: sums for path, sums in (record["input_checksums"] or {}).items() if not path.startswith("results/")}
+    text = json.dumps([record["params"], record["input"], ours], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def remote_name(root: Path) -> str | None:
+    """The remote that DVC uses, or None where none is configured."""
+    done = ran(root, "dvc", "config", "core.remote", check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def finish(what: str, error: UserError) -> int:
+    """Print why `what` stopped, in one line; returns the exit status."""
+    print(f"{what}: error: {error}", file=sys.stderr)
+    return 1
