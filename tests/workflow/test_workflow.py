@@ -72,8 +72,8 @@ def test_one_value_of_one_run_reruns_that_run_alone(finished_copy: Workspace) ->
 
 
 def test_an_edit_to_a_shared_module_reruns_what_imports_it(finished_copy: Workspace) -> None:
-    module = finished_copy.folder / "scripts/qlora/loss.py"
-    module.write_text(module.read_text().replace("TILE = 2048", "TILE = 1024"))
+    module = finished_copy.folder / "scripts/qlora/batches.py"
+    module.write_text(module.read_text().replace("POOL = 50", "POOL = 60"))
     assert finished_copy.planned() == {"train": 2, "predict_tuned": 2, "evaluate_tuned": 2, **JOINT}
 
 
