@@ -30,7 +30,7 @@ DATA = ["sql", "label", "title"]
 wildcard_constraints:
     run="|".join(RUNS), model="|".join(MODELS)
 rule all:
-    input: "report", "metrics", expand("runs/{{run}}/adapter", run=RUNS)
+    input: "report", "metrics.csv", expand("runs/{{run}}/adapter", run=RUNS)
 rule download:
     output: directory("sources/{{model}}")
 rule data:
@@ -69,10 +69,10 @@ rule collect:
         expand("metrics/base/{{model}}.{{kind}}", model=MODELS, kind=["csv", "jsonl"]),
         expand("metrics/tuned/{{run}}.{{kind}}", run=RUNS, kind=["csv", "jsonl"]),
         expand("runs/{{run}}/training_log.csv", run=RUNS),
-    output: "metrics", "comparison"
+    output: "metrics.csv", "comparison.csv"
 rule report:
     input:
-        "metrics", "comparison", "mixture", expand("datasets/{{name}}", name=DATA),
+        "metrics.csv", "comparison.csv", "mixture", expand("datasets/{{name}}", name=DATA),
         expand("predictions/tuned/{{run}}.jsonl", run=RUNS), expand("predictions/base/{{model}}.jsonl", model=MODELS),
         expand("runs/{{run}}/run.json", run=RUNS), expand("runs/{{run}}/training_log.csv", run=RUNS),
     output: "report"

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from qlora.conversations import message
@@ -83,6 +83,7 @@ def write_tokenizer(folder: Path, source: Path | None, chat: bool) -> Path:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHAT if chat else None
     tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=MAX_LENGTH).save_pretrained(folder)
     return folder
 
 

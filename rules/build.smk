@@ -8,7 +8,7 @@ rule build:
         model="|".join(BUILT) or "^$",
     params:
         code=code_of("build_model.py"),
-        build=lookup(dpath="models/{model}/source/build", within=config),
+        build=value_at("models/{model}/source/build", config),
         threads=CPU_THREADS,
     log:
         "results/logs/build/{model}.log",

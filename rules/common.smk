@@ -74,6 +74,21 @@ def local_files_of_dataset(wildcards):
     return files_of("datasets", wildcards.dataset)
 
 
+def value_at(path, within):
+    """A function for params: the value at a path of keys, its wildcards filled in.
+
+    (Snakemake's own `lookup` walks the whole tree each time: a thousand runs took minutes to plan.)
+    """
+
+    def value(wildcards):
+        found = within
+        for key in path.split("/"):
+            found = found[key.format(**wildcards)]
+        return found
+
+    return value
+
+
 def code_of(script):
     """The hash over the code of a stage's script, as a param: an edit re-runs what uses it, a comment nothing."""
     return code_hash(SCRIPTS / script)

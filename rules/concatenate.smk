@@ -11,8 +11,8 @@ rule concatenate:
     params:
         code=code_of("concatenate_mixture.py"),
         name="{mixture}",
-        shares=lookup(dpath="mixtures/{mixture}/datasets", within=config),
-        seed=lookup(dpath="mixtures/{mixture}/seed", within=config),
+        shares=value_at("mixtures/{mixture}/datasets", config),
+        seed=value_at("mixtures/{mixture}/seed", config),
     log:
         f"{RESULTS}/logs/concatenate/{{mixture}}.log",
     resources:

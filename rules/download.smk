@@ -11,7 +11,7 @@ rule download_model:
         code=code_of("download_source.py"),
         kind="models",
         name="{model}",
-        source=lookup(dpath="models/{model}/source", within=config),
+        source=value_at("models/{model}/source", config),
         patterns=[],
     log:
         "results/logs/download/model-{model}.log",
@@ -35,7 +35,7 @@ rule download_dataset:
         code=code_of("download_source.py"),
         kind="datasets",
         name="{dataset}",
-        source=lookup(dpath="datasets/{dataset}/source", within=config),
+        source=value_at("datasets/{dataset}/source", config),
         patterns=hub_files_of_dataset,
     log:
         "results/logs/download/dataset-{dataset}.log",

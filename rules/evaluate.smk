@@ -17,8 +17,8 @@ rule evaluate_base:
         datasets=tasks_of,
         suite="{suite}",
         model="{model}",
-        baselines=lookup(dpath="suites/{suite}/baselines", within=config),
-        bootstrap=lookup(dpath="suites/{suite}/bootstrap", within=config),
+        baselines=value_at("suites/{suite}/baselines", config),
+        bootstrap=value_at("suites/{suite}/bootstrap", config),
     log:
         f"{RESULTS}/logs/evaluate/{{suite}}-base-{{model}}.log",
     resources:
@@ -44,11 +44,11 @@ rule evaluate_tuned:
         datasets=tasks_of,
         suite="{suite}",
         run="{run}",
-        model=lookup(dpath="{run}/model", within=RUNS),
-        mixture=lookup(dpath="{run}/mixture", within=RUNS),
-        recipe=lookup(dpath="{run}/recipe", within=RUNS),
-        seed=lookup(dpath="{run}/seed", within=RUNS),
-        bootstrap=lookup(dpath="suites/{suite}/bootstrap", within=config),
+        model=value_at("{run}/model", RUNS),
+        mixture=value_at("{run}/mixture", RUNS),
+        recipe=value_at("{run}/recipe", RUNS),
+        seed=value_at("{run}/seed", RUNS),
+        bootstrap=value_at("suites/{suite}/bootstrap", config),
     log:
         f"{RESULTS}/logs/evaluate/{{suite}}-tuned-{{run}}.log",
     resources:

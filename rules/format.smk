@@ -9,7 +9,7 @@ rule format:
     params:
         code=code_of("format_dataset.py"),
         name="{dataset}",
-        settings=lookup(dpath="datasets/{dataset}", within=config),
+        settings=value_at("datasets/{dataset}", config),
     log:
         "results/logs/format/{dataset}.log",
     resources:

@@ -9,7 +9,7 @@ rule merge_run:
         merged=directory(f"{RESULTS}/runs/{{run}}/merged"),
     params:
         code=code_of("merge_adapter.py"),
-        quantization=lookup(dpath="{run}/settings/quantization", within=RUNS),
+        quantization=value_at("{run}/settings/quantization", RUNS),
         attention=attention_of,
         device=DEVICE,
     log:

@@ -13,9 +13,9 @@ rule tokenize:
         code=code_of("tokenize_mixture.py"),
         form=form_of,
         system=system_of,
-        max_length=lookup(dpath="mixtures/{mixture}/max_length", within=config),
-        overlong=lookup(dpath="mixtures/{mixture}/overlong", within=config),
-        lossy=lookup(dpath="mixtures/{mixture}/lossy", within=config),
+        max_length=value_at("mixtures/{mixture}/max_length", config),
+        overlong=value_at("mixtures/{mixture}/overlong", config),
+        lossy=value_at("mixtures/{mixture}/lossy", config),
         threads=CPU_THREADS,
     log:
         f"{RESULTS}/logs/tokenize/{{model}}-{{mixture}}.log",

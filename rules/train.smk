@@ -14,7 +14,7 @@ rule train:
         samples=f"{RESULTS}/runs/{{run}}/samples.jsonl",
     params:
         code=code_of("train_run.py"),
-        run=lookup(dpath="{run}", within=RUNS),
+        run=value_at("{run}", RUNS),
         attention=attention_of,
         device=DEVICE,
         threads=CPU_THREADS,
