@@ -89,7 +89,7 @@ def test_the_lorentzian_penalty_pulls_most_at_gamma() -> None:
     assert float(weight.grad[0]) == 0.0
 
 
-def test_peft_ignores_no_target(base: Path) -> None:
+def test_just_the_named_modules_get_an_adapter(base: Path) -> None:
     network = adapted(base, target_modules=["q_proj", "down_proj"])
     assert isinstance(network.base_model, LoraModel)
     assert sum(hasattr(module, "lora_A") for module in network.modules()) == 2 * 2
