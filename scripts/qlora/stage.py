@@ -65,7 +65,10 @@ def _fail(kind: type[BaseException], error: BaseException, trace: types.Tracebac
         line += f" (all of it in {job.log[0]})" if job and job.log else ""
     if job or not isinstance(error, UserError | KeyboardInterrupt):
         traceback.print_exception(kind, error, trace)
-    print(f"{what}: error: {line}", file=console, flush=True)
+    # Ctrl-C shows as ^C, and Snakemake then writes a line and its end apart: without a break ours could join either.
+    start = "\n" if isinstance(error, KeyboardInterrupt) else ""
+    console.write(f"{start}{what}: error: {line}\n")
+    console.flush()
 
 
 def _interrupt(_number: int, _frame: types.FrameType | None) -> None:

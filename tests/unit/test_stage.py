@@ -188,8 +188,34 @@ def test_a_second_request_to_stop_cuts_off_neither_the_removal_nor_the_line(fold
     )
     done = by_hand(folder, "--target", "out.txt")
     assert done.returncode == -signal.SIGINT
-    assert done.stderr.splitlines() == ["copy: error: interrupted; start again to go on"]
+    assert done.stderr.split("\n") == ["", "copy: error: interrupted; start again to go on", ""]
     assert not (folder / "out.txt").exists()
+
+
+def test_the_line_of_an_interrupt_joins_no_line_that_snakemake_has_not_ended(folder):
+    """Snakemake writes a message and its end apart, at the same moment."""
+    script = folder / "scripts" / "copy.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, signal, sys
+        from qlora import stage
+
+        class Together:
+            def write(self, text: str) -> int:
+                return sys.stderr.write("Terminating processes" + text + "\\n")
+
+            def flush(self) -> None:
+                sys.stderr.flush()
+
+        def stop(target: str) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+        stage.console = Together()
+        stage.run_stage(stop)
+        """)
+    )
+    done = by_hand(folder, "--target", "out.txt")
+    assert done.stderr.splitlines().count("copy: error: interrupted; start again to go on") == 1
 
 
 def test_full_disk_is_told_by_name(folder):
