@@ -42,7 +42,9 @@ def copy(source: list[Path], target: Path, times: int = 1, options: Mapping[str,
         raise ValueError("too many\\nsecond line")
     with replacing(target) as scratch:
         scratch.write_text(repr(options or {}) + times * "".join(path.read_text() for path in source))
-        time.sleep(wait)
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline:
+            time.sleep(0.05)  # a signal just before one long sleep would be seen after it
 
 
 if __name__ == "__main__":
