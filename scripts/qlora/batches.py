@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from qlora.loss import TILE, places_of
 from qlora.render import IGNORED
 
 POOL = 50  # batches
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -44,6 +45,15 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return packs
 
 
+def with_places(batch: Batch, tile: int = 1) -> Batch:
+    """Add where the loss is (`qlora.loss.places_of`), padded with ignored places to a whole number of tiles."""
+    learned, wanted = places_of(batch["labels"])
+    missing = -len(learned) % tile
+    batch["learned"] = torch.nn.functional.pad(learned, (0, missing))
+    batch["wanted"] = torch.nn.functional.pad(wanted, (0, missing), value=IGNORED)
+    return batch
+
+
 class PaddedBatch:
     """Rows side by side, padded on the right to the longest: input_ids, labels and attention_mask, all (rows, width).
 
@@ -67,7 +77,7 @@ class PaddedBatch:
             batch["input_ids"][row, :length] = torch.tensor(example["input_ids"])
             batch["labels"][row, :length] = torch.tensor(example["labels"])
             batch["attention_mask"][row, :length] = 1
-        return batch
+        return with_places(batch)
 
 
 class PackedBatch:
@@ -75,30 +85,43 @@ class PackedBatch:
 
     Attention stays inside a row because its positions begin at 0 again; transformers looks at them only where there is
     no mask. Padding tokens are rows of one token. `tokens` (packs,) counts what is no padding.
+
+    With `documents`, the most rows of any pack, all shapes are the same in each batch of as many packs, but for the
+    number of learned places in whole tiles; and `cu_seq_lens_q` says where each row begins, for attention that
+    takes them apart itself: padding is then one row, and rows of no token fill up the count.
     """
 
-    def __init__(self, rows: Dataset, room: int, padding: int) -> None:
-        self.rows, self.room, self.padding = rows, room, padding
+    def __init__(self, rows: Dataset, room: int, padding: int, documents: int | None = None) -> None:
+        self.rows, self.room, self.padding, self.documents = rows, room, padding, documents
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         """Collate `examples`, each with the indices of a pack's rows under `rows`."""
         shape = (len(examples), self.room)
-        batch = {
+        batch: Batch = {
             "input_ids": torch.full(shape, self.padding),
             "labels": torch.full(shape, IGNORED),
             "position_ids": torch.zeros(shape, dtype=torch.long),
             "tokens": torch.zeros(len(examples), dtype=torch.long),
         }
+        starts = []
         for pack, example in enumerate(examples):
             end = 0
             for row in map(self.rows.__getitem__, example["rows"]):
                 start, end = end, end + len(row["input_ids"])
+                starts.append(pack * self.room + start)
                 batch["input_ids"][pack, start:end] = torch.tensor(row["input_ids"])
                 batch["labels"][pack, start:end] = torch.tensor(row["labels"])
                 batch["labels"][pack, start] = IGNORED  # else it would be learned from the row before
                 batch["position_ids"][pack, start:end] = torch.arange(end - start)
             batch["tokens"][pack] = end
-        return batch
+            if end < self.room:
+                starts.append(pack * self.room + end)
+        if self.documents is None:
+            return with_places(batch)
+        ends = [len(examples) * self.room] * (len(examples) * (self.documents + 1) + 1 - len(starts))
+        batch["cu_seq_lens_q"] = torch.tensor(starts + ends, dtype=torch.int32)
+        batch["max_length_q"] = self.room
+        return with_places(batch, TILE)
 
 
 class LikeLengths(Sampler[int]):

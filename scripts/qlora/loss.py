@@ -5,20 +5,21 @@ import types
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qlora.errors import UserError
+from qlora.packed_attention import no_mask
 from qlora.render import IGNORED
 
 TILE = 2048  # positions whose logits exist at a time
 
 
 def add_supervised_loss(network: PreTrainedModel) -> None:
-    """Let `network(input_ids=…, attention_mask=…, labels=…, loss_items=n)` return the summed loss over n, a scalar.
+    """Let `network(input_ids=…, …, labels=…, loss_items=n)` return the summed loss over n, a scalar in nats.
 
-    The loss is in nats, over positions whose next label is not IGNORED. It is computed inside the forward, so that
-    wrappers around the model (PEFT, Accelerate) keep working. (TRL's own tiles score all positions on a CPU.)
+    A batch may bring the places of its labels, as `places_of` gives them and perhaps padded: a GPU need not wait for
+    their number then. The loss is computed inside the forward, so that wrappers around the model (PEFT, Accelerate)
+    keep working. (TRL's own tiles score all positions on a CPU.)
     """
     original = network.forward
     softcap = softcap_of(network)
@@ -27,13 +28,21 @@ def add_supervised_loss(network: PreTrainedModel) -> None:
     def forward(self: PreTrainedModel, *args: Any, loss_items: Any = None, **rest: Any) -> Any:
         if loss_items is None:
             return original(*args, **rest)
-        wanted = rest.pop("labels")[:, 1:]
+        labels = rest.pop("labels")
+        learned, wanted = (rest.pop("learned"), rest.pop("wanted")) if "learned" in rest else places_of(labels)
         rest["use_cache"] = False
-        hidden = self.base_model(*args, **rest).last_hidden_state[:, :-1]
-        chosen = wanted != IGNORED
-        return summed_nll(hidden[chosen], wanted[chosen], self.get_output_embeddings(), softcap) / loss_items
+        if "cu_seq_lens_q" in rest:
+            rest["attention_mask"] = no_mask(labels.device)
+        hidden = self.base_model(*args, **rest).last_hidden_state.flatten(0, 1).index_select(0, learned)
+        return summed_nll(hidden, wanted, self.get_output_embeddings(), softcap, loss_items)
 
     network.forward = types.MethodType(forward, network)  # type: ignore[method-assign]
+
+
+def places_of(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the flattened batch predicts a learned label, and that label: both (positions,); `labels` (rows, width)."""
+    rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + places, labels[rows, places + 1]
 
 
 def softcap_of(network: PreTrainedModel) -> float | None:
@@ -51,19 +60,38 @@ def token_nll(hidden: torch.Tensor, wanted: torch.Tensor, head: torch.nn.Module,
 
 
 def summed_nll(
-    hidden: torch.Tensor, wanted: torch.Tensor, head: torch.nn.Module, softcap: float | None
+    hidden: torch.Tensor, wanted: torch.Tensor, head: torch.nn.Module, softcap: float | None, items: Any
 ) -> torch.Tensor:
-    """Sum of -log p(wanted) in nats as a float32 scalar; `hidden` is (positions, width), `wanted` (positions,).
+    """Sum of -log p(wanted) in nats over `items`, in float32; `hidden` is (positions, width), `wanted` (positions,)."""
+    loss: torch.Tensor = _SummedNll.apply(hidden, wanted, head, softcap, items)
+    return loss
 
-    Logits of one tile exist at a time; the backward computes them anew (Chen et al., arXiv 1604.06174).
-    """
-    total = hidden.sum(dtype=torch.float32) * 0  # a batch with nothing to learn gives a zero that has a gradient
-    for start in range(0, len(wanted), TILE):
-        tile = slice(start, start + TILE)
-        total = total + checkpoint(
-            _tile_nll, hidden[tile], wanted[tile], head, softcap, use_reentrant=False, preserve_rng_state=False
-        )
-    return total
+
+class _SummedNll(torch.autograd.Function):
+    """Logits of one tile exist at a time, and once: the gradient of `hidden` is made beside the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, wanted: torch.Tensor, head: torch.nn.Module, softcap: float | None, items: Any
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(wanted), TILE):
+            tile = slice(start, start + TILE)
+            if gradients is None:
+                total += _tile_nll(hidden[tile], wanted[tile], head, softcap) / items
+                continue
+            with torch.enable_grad():
+                leaf = hidden[tile].detach().requires_grad_()
+                part = _tile_nll(leaf, wanted[tile], head, softcap) / items
+            (gradients[tile],) = torch.autograd.grad(part, leaf)
+            total += part.detach()
+        ctx.gradients = gradients
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return ctx.gradients.mul_(grad), None, None, None, None
 
 
 def _tile_nll(

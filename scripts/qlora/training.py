@@ -1,6 +1,6 @@
 """TRL's SFTTrainer on rows tokenised beforehand: a frozen 4-bit base, fp32 adapters, and a loss of our own."""
 
-from qlora.stage import Progress
+from qlora.stage import Progress, log
 
 import shutil
 import time
@@ -21,22 +21,43 @@ from trl import SFTConfig, SFTTrainer
 from qlora.adapters import lora_config, loraplus_optimizer, lorentzian_penalty, start_from_rounding
 from qlora.batches import LikeLengths, PackedBatch, PaddedBatch, packs_of
 from qlora.files import read_json
+from qlora.fused_lora import fuse
+from qlora.liger import use_liger
 from qlora.loss import add_supervised_loss
 from qlora.models import compute_dtype, load_quantized
+from qlora.packed_attention import use_packed_attention
 from qlora.render import IGNORED, load_tokenizer, padding_id
 from qlora.samples import Samples
+from qlora.step_graph import StepGraph
 
 
 class TokenCounter(TrainerCallback, ExportableState):
-    """Tokens seen, without padding, and how many of them were learned; saved with each checkpoint."""
+    """Tokens seen, without padding, and how many of them were learned; saved with each checkpoint.
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.supervised = 0
+    Counted on the device: only who reads the numbers waits for it.
+    """
+
+    def __init__(self, tokens: int = 0, supervised: int = 0) -> None:
+        self.counts = torch.tensor([tokens, supervised])
+
+    def add(self, tokens: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count a batch, given each row's tokens and the labels."""
+        self.counts = self.counts.to(tokens.device, non_blocking=True)
+        self.counts += torch.stack([tokens.sum(), (labels != IGNORED).sum()])
+
+    @property
+    def tokens(self) -> int:
+        """Seen so far."""
+        return int(self.counts[0])
+
+    @property
+    def supervised(self) -> int:
+        """Learned so far."""
+        return int(self.counts[1])
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"tokens": self.tokens, "supervised": self.supervised}}
+        return {"args": {"tokens": self.tokens, "supervised": self.supervised}, "attributes": {}}
 
 
 class ShowProgress(TrainerCallback):
@@ -63,7 +84,9 @@ class Trainer(SFTTrainer):
     settings: Mapping[str, Any]  # the recipe
     samples: Samples
     batching: str
-    seconds = 0.0  # spent in training steps
+    graph: StepGraph | None = None
+    seconds = 0.0  # spent training, evaluations apart
+    evaluating = 0.0  # seconds
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """What is learned: the adapter's weights."""
@@ -73,15 +96,25 @@ class Trainer(SFTTrainer):
         """The counter; found anew each time, since going on from a checkpoint puts another in its place."""
         return next(item for item in self.callback_handler.callbacks if isinstance(item, TokenCounter))
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **rest: Any) -> torch.Tensor:
-        """One micro-step."""
+    def train(self, *args: Any, **rest: Any) -> Any:
+        """Train, and take the time."""
         started = time.monotonic()
-        counter = self.counter()
-        counter.tokens += int(inputs.pop("tokens").sum())
-        counter.supervised += int((inputs["labels"] != IGNORED).sum())
-        loss = super().training_step(model, inputs, *args, **rest)
-        self.seconds += time.monotonic() - started
-        return loss
+        output = super().train(*args, **rest)
+        self.seconds = time.monotonic() - started - self.evaluating
+        return output
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-step, without waiting for the device."""
+        inputs = self._prepare_inputs(inputs)
+        self.counter().add(inputs.pop("tokens"), inputs["labels"])
+        if self.graph is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self.graph(inputs, num_items_in_batch)
+
+    def record_steps(self) -> None:
+        """From now on record each shape of a micro-step as a graph, and replay it."""
+        step = super().training_step
+        self.graph = StepGraph(lambda inputs, items: step(self.model_wrapped, inputs, items), self.trainable())
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -125,9 +158,13 @@ class Trainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **rest: Any) -> dict[str, float]:
         """Evaluate on the validation rows, and answer a few of them."""
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()  # the steps before it are not its own time
+        started = time.monotonic()
         metrics: dict[str, float] = super().evaluate(*args, **rest)
         with self.accelerator.autocast():  # the model's generation goes past the trainer's own
             self.samples.answer(self.model, self.state.global_step)
+        self.evaluating += time.monotonic() - started
         return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -176,6 +213,9 @@ def make_trainer(job: Job) -> Trainer:
         shutil.rmtree(job.tensorboard, ignore_errors=True)
     writer = SummaryWriter(job.tensorboard)
     network = load_quantized(job.model, settings["quantization"], job.device, job.attention)
+    taken_apart = job.batching == "packed" and use_packed_attention(network)
+    if job.device != "cpu":
+        use_liger(network)
     add_supervised_loss(network)
     callbacks: list[TrainerCallback] = [TokenCounter(), TensorBoardCallback(writer)]
     if settings["patience"] is not None:
@@ -185,9 +225,10 @@ def make_trainer(job: Job) -> Trainer:
     asked = validation.take(min(settings["samples"], len(validation)))
     collator: PackedBatch | PaddedBatch = PaddedBatch(padding_id(tokenizer))
     if job.batching == "packed":
-        room = card["max_length"]
-        collator = PackedBatch(concatenate_datasets([train, validation]), room, padding_id(tokenizer))
+        room, rows = card["max_length"], concatenate_datasets([train, validation])
         train, validation = packs_of(train, room, 0), packs_of(validation, room, len(train))
+        most = max(len(pack) for packs in (train, validation) for pack in packs["rows"]) if taken_apart else None
+        collator = PackedBatch(rows, room, padding_id(tokenizer), most)
     trainer = Trainer(
         model=network,
         args=training_arguments(job),
@@ -204,7 +245,28 @@ def make_trainer(job: Job) -> Trainer:
         parameter.data = parameter.data.float()
     if settings["lora"]["init"] == "loftq":
         start_from_rounding(trainer.model, job.model)
+    log.info(fuse(trainer.model))
+    reason = why_no_graph(job, taken_apart)
+    log.info("step graph: %s", reason or "each shape is recorded once and replayed")
+    if reason is None:
+        trainer.record_steps()
     return trainer
+
+
+def why_no_graph(job: Job, taken_apart: bool) -> str | None:
+    """Why micro-steps are not recorded as CUDA graphs, or None where they are."""
+    settings = job.settings
+    if job.device == "cpu":
+        return "none, there is no GPU"
+    if not taken_apart:
+        return "none, batches have no fixed shape (it wants packed rows and FlashAttention over them)"
+    if compute_dtype(settings["quantization"]["compute_dtype"], job.device) == torch.float16:
+        return "none, float16 needs its loss scaled step by step"
+    if settings["lorentzian"]["weight"]:
+        return "none, the penalty depends on the micro-steps of a step"
+    if settings["checkpointing"] and settings["lora"]["dropout"]:
+        return "none, dropout with checkpointing restores random numbers"
+    return None
 
 
 def training_arguments(job: Job) -> SFTConfig:
@@ -230,6 +292,10 @@ def training_arguments(job: Job) -> SFTConfig:
         num_train_epochs=settings["epochs"],
         max_steps=settings["max_steps"] or -1,
         gradient_checkpointing=settings["checkpointing"],
+        gradient_checkpointing_kwargs={
+            "use_reentrant": False,
+            "preserve_rng_state": settings["lora"]["dropout"] > 0,
+        },
         logging_steps=settings["log_steps"],
         eval_strategy="steps" if settings["eval_steps"] and job.validated else "no",
         eval_steps=settings["eval_steps"],

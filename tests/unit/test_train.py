@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.models.falcon import modeling_falcon
 
 import train_run as stage
+from qlora.batches import with_places
 from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl, write_json
 from qlora.loss import TILE, add_supervised_loss
@@ -243,7 +244,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_learned_positions(case: Case, mon
     batch = first_rows(trainer)
     labels = batch["labels"].clone()
     labels[0] = IGNORED  # a row with nothing to learn
-    batch["labels"] = labels
+    batch = with_places({**batch, "labels": labels})
     logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
     wanted = torch.autograd.grad(expected, trainer.trainable())
@@ -258,7 +259,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_learned_positions(case: Case, mon
 def test_a_batch_with_nothing_to_learn_has_a_zero_loss_with_a_gradient(case: Case) -> None:
     trainer = case.trainer()
     batch = first_rows(trainer)
-    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    batch = with_places({**batch, "labels": torch.full_like(batch["labels"], IGNORED)})
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     assert float(loss) == 0.0

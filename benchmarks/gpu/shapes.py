@@ -1,0 +1,91 @@
+"""Random 4-bit models of real shapes, and rows of random tokens: speed does not depend on what the weights know."""
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pyarrow
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+
+ROOM = 2048  # tokens of a packed row
+SHAPES = {
+    "llama-2-7b": transformers.LlamaConfig(max_position_embeddings=4096),
+    "mistral-7b": transformers.MistralConfig(sliding_window=None, max_position_embeddings=32768),
+    "gemma-7b": transformers.GemmaConfig(),
+    "falcon-7b": transformers.FalconConfig(
+        vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71, multi_query=True,
+        parallel_attn=True, bias=False, alibi=False, new_decoder_architecture=False,
+    ),
+    "phi-2": transformers.PhiConfig(
+        vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32,
+        partial_rotary_factor=0.4, hidden_act="gelu_new", max_position_embeddings=2048,
+    ),
+    "tiny": transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
+    ),
+}  # fmt: skip
+
+
+def make_model(shape: str, folder: Path, device: str) -> None:
+    """Write a random model of `shape`, quantised as the workflow does it, and a tokenizer of as many ids."""
+    config, whole = SHAPES[shape], folder.with_name(folder.name + "-bf16")
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(whole)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    network = AutoModelForCausalLM.from_pretrained(whole, quantization_config=nf4, device_map={"": device})
+    network.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(config.vocab_size)}, unk_token="w0"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="w1", eos_token="w2", unk_token="w0", pad_token="w0"
+    ).save_pretrained(folder)
+    shutil.rmtree(whole)
+
+
+def make_rows(mix: str, vocabulary: int, tokens: int, folder: Path) -> None:
+    """Write about `tokens` tokens of random rows, in the workflow's form and for peers.
+
+    `full`: every row has ROOM tokens. `mixed`: lengths are lognormal, median 300, σ 0.9, at most ROOM.
+    """
+    draw = random.Random(0)
+    rows, written = [], 0
+    while written < tokens:
+        length = ROOM if mix == "full" else max(16, min(ROOM, round(draw.lognormvariate(5.7, 0.9))))
+        rows.append([draw.randrange(3, vocabulary) for _ in range(length)])
+        written += length
+    folder.mkdir(parents=True)
+    table = pyarrow.table(
+        {"input_ids": rows, "labels": rows, "length": [len(row) for row in rows]},
+    )
+    for split in ("train", "validation"):
+        part = table if split == "train" else table.slice(0, 2)
+        with (
+            pyarrow.OSFile(str(folder / f"{split}.arrow"), "wb") as file,
+            pyarrow.ipc.new_stream(file, part.schema) as out,
+        ):
+            out.write_table(part)
+    card = {"max_length": ROOM, "validation": {"kept": 0}, "train": {"kept": len(rows)}, "stop ids": [2]}
+    (folder / "card.json").write_text(json.dumps(card))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("folder", type=Path, help="for the model, and rows-full and rows-mixed beside it")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokens", type=int, default=1_500_000)
+    given = parser.parse_args()
+    make_model(given.shape, given.folder / "model", given.device)
+    for mix in ("full", "mixed"):
+        make_rows(mix, SHAPES[given.shape].vocab_size, given.tokens, given.folder / f"rows-{mix}")

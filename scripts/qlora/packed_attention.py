@@ -1,0 +1,78 @@
+"""Attention over packed rows, each row by itself: PyTorch's FlashAttention-2 (Dao, arXiv 2307.08691), on a GPU."""
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch.nn.attention import varlen
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "packed"
+# Families whose decoder hands the rows' beginnings on to attention, and whose scores are not changed on the way.
+FAMILIES = {"llama", "mistral", "gemma", "qwen2", "qwen3", "phi", "phi3", "smollm3"}
+GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # from torch 2.12
+
+log = logging.getLogger("qlora")
+
+
+def use_packed_attention(network: PreTrainedModel) -> bool:
+    """Let a network on a GPU take packed rows apart in attention itself, where its family can; tell whether."""
+    family = network.config.model_type
+    covered = family in FAMILIES and network.config._attn_implementation == "sdpa"
+    if not covered or not _flash() or network.dtype not in (torch.bfloat16, torch.float16):
+        log.info("attention: %s, masks keep packed rows apart", network.config._attn_implementation)
+        return False
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    network.config._attn_implementation = NAME
+    log.info("attention: FlashAttention over each packed row (PyTorch's varlen_attn), sdpa for other batches")
+    return True
+
+
+def _flash() -> bool:
+    """Whether the card has FlashAttention-2's instructions: Ampere and newer."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def no_mask(device: torch.device) -> torch.Tensor:
+    """A mask of four dimensions, which transformers hands on as it is instead of looking for packed rows."""
+    return torch.empty(0, 0, 0, 0, device=device)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention in transformers' interface: (batch, heads, tokens, width) gives (batch, tokens, heads, width).
+
+    `cu_seq_lens_q` (rows + 1,) has the beginnings of the rows in the flattened batch, and its end. Without it, as for
+    padded batches, this is transformers' sdpa.
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        windowed = {**rest, "scaling": scaling, "sliding_window": sliding_window}
+        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **windowed
+        )
+        return output
+    shape = query.transpose(1, 2).shape
+    groups = query.shape[1] // key.shape[1]
+    options: dict[str, Any] = {"enable_gqa": True} if groups > 1 and GROUPS_HEADS else {}
+    if groups > 1 and not GROUPS_HEADS:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    q, k, v = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    flat: Any = varlen.varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **options
+    )
+    return flat.view(shape), None

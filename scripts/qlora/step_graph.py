@@ -1,0 +1,84 @@
+"""One CUDA graph over a micro-step: its thousands of launches become one."""
+
+import gc
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+log = logging.getLogger("qlora")
+EAGER = 2  # steps of a shape that run eagerly first: kernels are built and chosen in them
+Inputs = Mapping[str, Any]
+Step = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Captured:
+    """A recorded step: its inputs and its loss stay where they are."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Any]
+    items: torch.Tensor
+    loss: torch.Tensor
+
+
+class StepGraph:
+    """Calls `step(inputs, items)`, forward and backward, and replays it for each shape that comes again.
+
+    Gradients add up in memory of their own, which each parameter's `grad` points to. The step must not wait for the
+    GPU, draw random numbers, or depend on Python values that change between calls.
+    """
+
+    def __init__(self, step: Step, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self.step, self.parameters = step, parameters
+        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        self.seen: dict[Any, int] = {}
+        self.captured: dict[Any, Captured] = {}
+        self.pool: Any = None
+        self.stream = torch.cuda.Stream()  # one for all steps: a recording may depend on no other
+
+    def __call__(self, inputs: Inputs, items: torch.Tensor) -> torch.Tensor:
+        """The loss of one micro-step; the gradients are added to what is there."""
+        self._point_to_gradients()
+        shape = tuple((name, getattr(value, "shape", value)) for name, value in sorted(inputs.items()))
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        if self.seen[shape] <= EAGER:
+            return self._eagerly(inputs, items)
+        if shape not in self.captured:
+            self.captured[shape] = self._capture(inputs, items)
+        recorded = self.captured[shape]
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                recorded.inputs[name].copy_(value)
+        recorded.items.copy_(items)
+        recorded.graph.replay()
+        return recorded.loss.clone()
+
+    def _point_to_gradients(self) -> None:
+        """After the optimiser's step the trainer drops the gradients: bring their memory back, cleared."""
+        dropped = [place for place, parameter in enumerate(self.parameters) if parameter.grad is None]
+        if dropped:
+            torch._foreach_zero_([self.gradients[place] for place in dropped])
+        for place in dropped:
+            self.parameters[place].grad = self.gradients[place]
+
+    def _eagerly(self, inputs: Inputs, items: torch.Tensor) -> torch.Tensor:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            loss = self.step(dict(inputs), items)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return loss
+
+    def _capture(self, inputs: Inputs, items: torch.Tensor) -> Captured:
+        own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        count = items.clone()
+        gc.collect()
+        torch.cuda.empty_cache()  # what the eager steps held would lie idle beside the graph's own memory
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            loss = self.step(dict(own), count)
+        self.pool = graph.pool()
+        log.info("step graph: recorded for %d tokens, %d learned", own["input_ids"].numel(), len(own["learned"]))
+        return Captured(graph, own, count, loss)

@@ -1,0 +1,156 @@
+"""The fused LoRA operation against PEFT's own: the same loss and gradients, for each family, and when it steps aside.
+
+On a GPU: QLORA_TEST_DEVICE=cuda .venv/bin/pytest tests/unit/test_fused_lora.py
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import PeftModel, get_peft_model
+from tiny_models import FAMILIES, QUANTIZATION, SETTINGS, layers_in_4_bits, make_base
+from transformers import AutoModelForCausalLM
+
+from qlora.adapters import lora_config
+from qlora.fused_lora import fuse
+from qlora.models import load_quantized
+from qlora.nf4 import dequantized
+
+DEVICE = os.environ.get("QLORA_TEST_DEVICE", "cpu")
+HALF = {**QUANTIZATION, "compute_dtype": "bfloat16"}
+EXACT = {**QUANTIZATION, "compute_dtype": "float32"}
+IDS = torch.arange(6, 46).view(2, 20)
+Found = tuple[torch.Tensor, list[torch.Tensor]]
+
+
+def adapted(base: Path, quantization: dict[str, object], attention: str = "sdpa", **lora: object) -> PeftModel:
+    """The base with a LoRA adapter in float32 that is not zero."""
+    network = get_peft_model(
+        load_quantized(base, quantization, DEVICE, attention), lora_config({**SETTINGS["lora"], **lora})
+    )
+    learn_at_random(network, 3)
+    return network.train()
+
+
+def learn_at_random(network: PeftModel, seed: int) -> None:
+    """Give the adapter other weights."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data = drawn.to(DEVICE)
+
+
+def loss_and_gradients(network: PeftModel) -> Found:
+    """Of a random-looking row, in the precision that training has."""
+    half = network.get_base_model().dtype == torch.bfloat16
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+        logits = network(input_ids=IDS.to(DEVICE)).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten().to(DEVICE))
+    return loss.detach(), list(torch.autograd.grad(loss, weights))
+
+
+def distance(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """‖found − exact‖ / ‖exact‖ over all tensors."""
+    difference = sum(float((one.float() - other).square().sum()) for one, other in zip(found, exact, strict=True))
+    return float((difference / sum(float(one.square().sum()) for one in exact)) ** 0.5)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_loss_and_gradients_are_those_of_peft(family: str, tmp_path: Path) -> None:
+    network = adapted(make_base(tmp_path / "base", family), EXACT, FAMILIES[family].attention)
+    loss, gradients = loss_and_gradients(network)
+    said = fuse(network)
+    layers = len(layers_in_4_bits(network))
+    gated = "0 gated" if family in ("falcon", "phi-2", "phi3") else "2 gated"
+    assert said == f"fused LoRA: {layers} layers, {gated} MLPs whole"
+    fused_loss, fused_gradients = loss_and_gradients(network)
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
+    for one, other in zip(fused_gradients, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi-2"])
+def test_in_bfloat16_it_is_as_near_to_float32_as_peft_is(family: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", family)
+    rounded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    rounded.float().save_pretrained(base)  # so that both are quantised from the same numbers
+    plain, fused = adapted(base, HALF), adapted(base, HALF)
+    fuse(fused)
+    exact = adapted(base, EXACT)
+    errors = []
+    for seed in range(8):
+        for network in (exact, plain, fused):
+            learn_at_random(network, seed)
+        _, truth = loss_and_gradients(exact)
+        errors.append([distance(loss_and_gradients(network)[1], truth) for network in (plain, fused)])
+    of_peft, ours = (sum(column) for column in zip(*errors, strict=True))
+    assert 0 < ours < 1.05 * of_peft < 8 * 0.2
+
+
+def test_gradients_add_up_over_two_passes(tmp_path: Path) -> None:
+    network = adapted(make_base(tmp_path / "base"), EXACT)
+    fuse(network)
+    _, once = loss_and_gradients(network)
+    for _ in range(2):
+        network(input_ids=IDS.to(DEVICE), labels=IDS.to(DEVICE)).loss.backward()
+    twice = [weight.grad for weight in network.parameters() if weight.requires_grad]
+    for one, other in zip(once, twice, strict=True):
+        torch.testing.assert_close(2 * one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    network = adapted(make_base(tmp_path / "base"), EXACT)
+    fuse(network)
+    loss, plain = loss_and_gradients(network)
+    network.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    again, recomputed = loss_and_gradients(network)
+    assert torch.equal(loss, again)
+    for one, other in zip(plain, recomputed, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_its_adapter_a_network_is_the_base(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    network = adapted(base, EXACT).eval()
+    fuse(network)
+    with torch.no_grad(), network.disable_adapter():
+        found = network(input_ids=IDS.to(DEVICE)).logits
+        expected = load_quantized(base, EXACT, DEVICE, "sdpa").eval()(input_ids=IDS.to(DEVICE)).logits
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"dropout": 0.1}, "dropout"), ({"dora": True}, "a variant of LoRA")],
+    ids=["dropout", "dora"],
+)
+def test_what_it_does_not_cover_is_left_to_peft_and_said(
+    change: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    network = adapted(make_base(tmp_path / "base"), EXACT, **change).eval()
+    _, before = loss_and_gradients(network)
+    assert fuse(network) == f"fused LoRA: none, PEFT's own computation ({reason})"
+    for one, other in zip(loss_and_gradients(network)[1], before, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_some_layers_without_an_adapter_are_left_as_they_are(tmp_path: Path) -> None:
+    network = adapted(make_base(tmp_path / "base"), EXACT, target_modules=["q_proj", "v_proj", "up_proj"])
+    loss, gradients = loss_and_gradients(network)
+    assert fuse(network) == "fused LoRA: 6 layers, 0 gated MLPs whole"
+    fused_loss, fused_gradients = loss_and_gradients(network)
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
+    for one, other in zip(fused_gradients, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_weight_is_what_bitsandbytes_makes_of_it(double: bool, tmp_path: Path) -> None:
+    network = load_quantized(make_base(tmp_path), {**EXACT, "double": double}, DEVICE, "sdpa")
+    for layer in layers_in_4_bits(network):
+        expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        torch.testing.assert_close(dequantized(layer.weight, torch.float32), expected, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,133 @@
+"""What a GPU alone does: attention over packed rows, and micro-steps recorded as graphs. Skipped where there is none."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from test_fused_lora import distance
+from test_training import Bench
+from tiny_models import QUANTIZATION, SETTINGS, make_base, make_rows, make_tokens
+
+from qlora.batches import PackedBatch
+from qlora.loss import TILE, add_supervised_loss
+from qlora.models import load_quantized
+from qlora.packed_attention import NAME, no_mask, use_packed_attention
+from qlora.render import IGNORED
+from qlora.training import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+HALF = {**QUANTIZATION, "compute_dtype": "bfloat16"}
+LENGTHS = (17, 30, 9)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma", "qwen2.5", "qwen3", "phi-2", "phi3"])
+def test_packed_rows_have_the_loss_of_each_row_alone(family: str, tmp_path: Path) -> None:
+    network = load_quantized(make_base(tmp_path / "base", family), HALF, "cuda", "sdpa").eval()
+    assert use_packed_attention(network)
+    add_supervised_loss(network)
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(6, 300, (length,), generator=generator).tolist() for length in LENGTHS]
+    rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in documents])
+
+    def loss(packs: list[list[int]], room: int) -> float:
+        batch = PackedBatch(rows, room, 0, documents=3)([{"rows": pack} for pack in packs])
+        batch.pop("tokens")
+        moved = {name: value.cuda() if torch.is_tensor(value) else value for name, value in batch.items()}
+        with torch.no_grad():
+            return float(network(**moved, loss_items=1))
+
+    together, apart = loss([[0, 1, 2]], 64), sum(loss([[place]], 64) for place in range(3))
+    two_packs = loss([[0, 1], [2]], 48)
+    with torch.no_grad():
+        plain = 0.0
+        for ids in documents:
+            logits = network(input_ids=torch.tensor([ids]).cuda()).logits[0, :-1].float()
+            labels = torch.tensor(ids[1:]).cuda()
+            plain += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    assert together == pytest.approx(apart, rel=2e-3)
+    assert two_packs == pytest.approx(together, rel=2e-3)
+    assert plain == pytest.approx(together, rel=5e-3)
+
+
+def test_other_batches_go_through_masks(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    ids = torch.arange(6, 46).view(2, 20).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, 12:] = 0
+    plain = load_quantized(base, HALF, "cuda", "sdpa").eval()
+    expected = plain(input_ids=ids, attention_mask=mask).logits
+    assert use_packed_attention(plain)
+    assert plain.config._attn_implementation == NAME
+    assert torch.equal(plain(input_ids=ids, attention_mask=mask).logits, expected)
+    assert no_mask(ids.device).dim() == 4
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    made = Bench.__new__(Bench)
+    made.root, made.base = tmp_path, make_base(tmp_path / "base")
+    made.tokens = make_tokens(tmp_path, made.base, make_rows(tmp_path, train=64))
+    return made
+
+
+def gradients_of_steps(trainer: Trainer, steps: int) -> list[list[torch.Tensor]]:
+    """Run micro-steps over the same batches as in training, without an optimiser, and keep each one's gradients."""
+    trainer.create_optimizer_and_scheduler(steps)
+    trainer.model_wrapped = trainer.model.train()
+    kept = []
+    for number, batch in enumerate(trainer.get_train_dataloader()):
+        if number == steps:
+            break
+        trainer.model.zero_grad()
+        items = (batch["labels"] != IGNORED).sum()
+        trainer.training_step(trainer.model, batch, items)
+        kept.append([weight.grad.clone() for weight in trainer.trainable() if weight.grad is not None])
+    return kept
+
+
+@pytest.mark.parametrize("change", [{}, {"checkpointing": True}, {"lora": {**SETTINGS["lora"], "rslora": True}}])
+def test_a_recorded_step_has_the_gradients_of_an_eager_one(bench: Bench, change: dict[str, Any]) -> None:
+    settings = {"quantization": HALF, "batching": "packed", "batch_size": 1, **change}
+    recorded, eager = bench.trainer(**settings), bench.trainer(**settings)
+    assert recorded.graph is not None
+    eager.graph = None
+    steps = zip(gradients_of_steps(recorded, 6), gradients_of_steps(eager, 6), strict=True)
+    for number, (found, expected) in enumerate(steps):
+        assert distance(found, expected) < 0.01, number
+    assert recorded.graph.captured
+
+
+def test_recorded_steps_learn_as_eager_ones_do(bench: Bench) -> None:
+    settings = {
+        "quantization": HALF, "batching": "packed", "batch_size": 1, "accumulation": 2, "max_steps": 30,
+        "eval_steps": 10, "log_steps": 1, "learning_rate": 5e-3, "save_steps": 100,
+    }  # fmt: skip
+    losses = []
+    for eagerly in (False, True):
+        trainer = bench.trainer(**settings)
+        if eagerly:
+            trainer.graph = None
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0][-1] < 0.5 * losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_step_with_no_room_to_record_says_why(bench: Bench) -> None:
+    for change in ({"batching": "padded"}, {"lorentzian": {"weight": 0.1, "gamma": 1.0}}):
+        assert bench.trainer(**{"quantization": HALF, "batching": "packed", **change}).graph is None
+
+
+def test_batches_have_one_shape(bench: Bench) -> None:
+    trainer = bench.trainer(quantization=HALF, batching="packed", batch_size=2)
+    shapes = {
+        tuple((name, tuple(getattr(value, "shape", (value,)))) for name, value in sorted(batch.items()))
+        for batch in trainer.get_train_dataloader()
+    }
+    assert len(shapes) <= 2  # the last may have fewer packs
+    assert all(dict(shape)["learned"][0] % TILE == 0 for shape in shapes)
