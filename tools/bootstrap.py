@@ -112,6 +112,11 @@ def main() -> int:
 
 def make_environment(log: TextIO) -> int:
     """Remove what there is of .venv and install it anew, logging into the open file; return the exit status."""
+    if VENV.is_symlink():
+        print(
+            f"{VENV} is a link to {VENV.resolve()}, which does not fit this folder: remove the link.", file=sys.stderr
+        )
+        return 2
     if STAMP.exists():
         STAMP.unlink()  # first, so that a half-removed environment is not taken for whole
     shutil.rmtree(str(VENV), ignore_errors=True)

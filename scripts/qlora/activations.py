@@ -1,4 +1,4 @@
-"""act(gate) · up and its gradient: Liger's Triton kernels on a GPU, PyTorch's own operations elsewhere."""
+"""act(gate) · up of a gated MLP, and its gradients: Triton kernels on a GPU, PyTorch's own operations elsewhere."""
 
 from dataclasses import dataclass
 
@@ -6,45 +6,41 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from liger_kernel.ops.geglu import geglu_backward, geglu_forward
-    from liger_kernel.ops.swiglu import swiglu_backward, swiglu_forward
-except ImportError:  # it needs Triton, which comes with the CUDA build of torch alone
-    swiglu_forward = swiglu_backward = geglu_forward = geglu_backward = None
+    from qlora import gated_triton
+except ImportError:  # Triton comes with the CUDA build of torch alone
+    gated_triton = None  # type: ignore[assignment]
 
-KERNELS = {
-    "SiLUActivation": (swiglu_forward, swiglu_backward),
-    "SiLU": (swiglu_forward, swiglu_backward),
-    "GELUTanh": (geglu_forward, geglu_backward),
-    "PytorchGELUTanh": (geglu_forward, geglu_backward),
-}
+SILU, GELU_TANH = {"SiLU", "SiLUActivation"}, {"GELUTanh", "PytorchGELUTanh"}
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function of a gated MLP."""
+    """The function of a gated MLP, as its family names it."""
 
     function: nn.Module
 
+    def _in_triton(self, gate: Tensor) -> bool:
+        return gated_triton is not None and gate.is_cuda and type(self.function).__name__ in SILU | GELU_TANH
+
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) · up, all (tokens, width)."""
-        kernel, _ = KERNELS.get(type(self.function).__name__, (None, None))
-        if kernel is not None and gate.is_cuda:
-            return kernel(gate, up)[-1]
+        if self._in_triton(gate):
+            return gated_triton.forward(gate, up, type(self.function).__name__ in SILU)
         return self.function(gate) * up
 
-    def backward(self, gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of gate and up, given that of the product; the kernels write them over gate and up."""
-        _, kernel = KERNELS.get(type(self.function).__name__, (None, None))
-        if kernel is not None and gate.is_cuda:
-            return kernel(gate, up, grad)
+    def backward(self, gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of gate and up, and the product again; all three arguments may be overwritten."""
+        if self._in_triton(gate):
+            gated_triton.backward(gate, up, grad, type(self.function).__name__ in SILU)
+            return gate, up, grad
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             active = self.function(leaf)
         (of_gate,) = torch.autograd.grad(active, leaf, grad * up)
-        return of_gate, grad * active.detach()
+        return of_gate, grad * active.detach(), active.detach() * up
 
 
 def activation_of(module: nn.Module) -> Activation | None:
-    """A gated MLP's function, as its family names it."""
+    """A gated MLP's function, or None where a module has none."""
     function = getattr(module, "act_fn", None)
     return Activation(function) if isinstance(function, nn.Module) else None

@@ -6,7 +6,6 @@ LoRA (arXiv 2106.09685): y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with W dequantised fo
 
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,31 +21,69 @@ from qlora.nf4 import dequantized, make_room
 GATED = {"LlamaMLP", "MistralMLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP"}
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One frozen layer and its adapter's factor."""
+class Group:
+    """Layers over one input. Their adapters are kept in the dtype of the products too, see `refresh`."""
 
-    module: Linear4bit
-    scaling: float
+    def __init__(self, modules: Sequence[Linear4bit]) -> None:
+        self.modules = modules
+        names = [module.active_adapters[0] for module in modules]
+        self.scalings = [module.scaling[name] for module, name in zip(modules, names, strict=True)]
+        self.learned_a = [module.lora_A[name].weight for module, name in zip(modules, names, strict=True)]
+        self.learned_b = [module.lora_B[name].weight for module, name in zip(modules, names, strict=True)]
+        self.ranks = [len(a) for a in self.learned_a]
+        self.dtype = modules[0].base_layer.compute_dtype
+        self.a = torch.empty_like(torch.cat(self.learned_a), dtype=self.dtype)  # (sum of ranks, in)
+        self.bs = [torch.empty_like(b, dtype=self.dtype) for b in self.learned_b]  # (out, rank), times the scaling
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the products."""
-        return self.module.base_layer.compute_dtype
+    def learned(self) -> list[Tensor]:
+        """A and B of each layer by turns."""
+        return [weight for pair in zip(self.learned_a, self.learned_b, strict=True) for weight in pair]
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen bias (out,)."""
-        return self.module.base_layer.bias
+    def weight(self, place: int) -> Tensor:
+        """W (out, in) of one layer, until the next is asked for."""
+        return dequantized(self.modules[place].base_layer.weight, self.dtype)
 
-    def weight(self) -> Tensor:
-        """(out, in), until the next layer's."""
-        return dequantized(self.module.base_layer.weight, self.dtype)
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Each layer's output (tokens, out) for `x` (tokens, in), and x Aᵀ of all (tokens, sum of ranks)."""
+        narrow = x @ self.a.t()
+        outputs = []
+        for place, (part, b) in enumerate(zip(narrow.split(self.ranks, dim=1), self.bs, strict=True)):
+            bias = self.modules[place].base_layer.bias
+            low = part @ b.t() if bias is None else torch.addmm(bias.to(self.dtype), part, b.t())
+            outputs.append(low.addmm_(x, self.weight(place).t()))
+        return outputs, narrow
 
-    def adapter(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r), as they are learned."""
-        (name,) = self.module.active_adapters
-        return self.module.lora_A[name].weight, self.module.lora_B[name].weight
+    def input_gradient(self, grads: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Tensor]:
+        """That of x (None unless wanted), and s grad B of all layers (tokens, sum of ranks)."""
+        below = torch.cat([grad @ b for grad, b in zip(grads, self.bs, strict=True)], dim=1)
+        if not wanted:
+            return None, below
+        of_x = below @ self.a
+        for place, grad in enumerate(grads):
+            of_x.addmm_(grad, self.weight(place))
+        return of_x, below
+
+    def adapter_gradients(self, x: Tensor, narrow: Tensor, below: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Those of A and B by turns, in float32."""
+        of_a = in_float32(below.t(), x).split(self.ranks)
+        parts = narrow.split(self.ranks, dim=1)
+        of_b = [
+            in_float32(grad.t(), part).mul_(scaling)
+            for grad, part, scaling in zip(grads, parts, self.scalings, strict=True)
+        ]
+        return [gradient for pair in zip(of_a, of_b, strict=True) for gradient in pair]
+
+
+@torch.no_grad()
+def refresh(groups: Sequence[Group]) -> None:
+    """Bring the copies of all adapters up to date in a few kernels; a layer at a time it would be a thousand."""
+    parts = [part for group in groups for part in group.a.split(group.ranks)]
+    torch._foreach_copy_(parts, [a for group in groups for a in group.learned_a])
+    scaled = torch._foreach_mul(
+        [b for group in groups for b in group.learned_b], [scaling for group in groups for scaling in group.scalings]
+    )
+    torch._foreach_copy_([b for group in groups for b in group.bs], scaled)
 
 
 def in_float32(left: Tensor, right: Tensor) -> Tensor:
@@ -56,114 +93,69 @@ def in_float32(left: Tensor, right: Tensor) -> Tensor:
     return (left @ right).float()
 
 
-def forward_of(layers: Sequence[Layer], x: Tensor, a: Tensor, bs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Each layer's output (tokens, out) for one `x` (tokens, in), and x Aᵀ, where `a` has all layers' A as its rows."""
-    narrow = x @ a.t()
-    ranks = [b.shape[1] for b in bs]
-    outputs = []
-    for layer, part, b in zip(layers, narrow.split(ranks, dim=1), bs, strict=True):
-        weight = layer.weight().t()
-        output = x @ weight if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, weight)
-        outputs.append(output.addmm_(part, b.t(), alpha=layer.scaling))
-    return outputs, narrow
-
-
-def backward_of(
-    layers: Sequence[Layer],
-    x: Tensor,
-    narrow: Tensor,
-    a: Tensor,
-    bs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    wants_input: bool,
-) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradients of x (None unless wanted), and of A and B by turns, in float32."""
-    ranks = [b.shape[1] for b in bs]
-    below = torch.cat([(grad @ b).mul_(layer.scaling) for layer, grad, b in zip(layers, grads, bs, strict=True)], dim=1)
-    of_a = in_float32(below.t(), x).split(ranks)
-    of_b = [
-        in_float32(grad.t(), part).mul_(layer.scaling)
-        for layer, grad, part in zip(layers, grads, narrow.split(ranks, dim=1), strict=True)
-    ]
-    of_x = None
-    if wants_input:
-        of_x = below @ a
-        for layer, grad in zip(layers, grads, strict=True):
-            of_x.addmm_(grad, layer.weight())
-    return of_x, [gradient for pair in zip(of_a, of_b, strict=True) for gradient in pair]
-
-
-def halves(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """All A one below another, and the list of B, in the dtype of the products; given A and B by turns."""
-    return torch.cat([a.to(dtype) for a in adapters[::2]]), [b.to(dtype) for b in adapters[1::2]]
-
-
 class Products(torch.autograd.Function):
     """The outputs of several layers over one input."""
 
     @staticmethod
-    def forward(ctx: Any, layers: Sequence[Layer], x: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
-        """`x` is (tokens, in), `adapters` A and B of each layer by turns; gives a (tokens, out) a layer."""
-        outputs, narrow = forward_of(layers, x, *halves(adapters, x.dtype))
-        ctx.layers = layers
-        ctx.save_for_backward(x, narrow, *adapters)
+    def forward(ctx: Any, group: Group, x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """`x` is (tokens, in), after it come A and B of each layer by turns; gives a (tokens, out) a layer."""
+        outputs, narrow = group.forward(x)
+        ctx.group = group
+        ctx.save_for_backward(x, narrow)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """The gradients of what `forward` took."""
-        x, narrow, *adapters = ctx.saved_tensors
-        of_x, of_adapters = backward_of(
-            ctx.layers, x, narrow, *halves(adapters, x.dtype), grads, ctx.needs_input_grad[1]
-        )
-        return None, of_x, *of_adapters
+        x, narrow = ctx.saved_tensors
+        of_x, below = ctx.group.input_gradient(grads, ctx.needs_input_grad[1])
+        return None, of_x, *ctx.group.adapter_gradients(x, narrow, below, grads)
 
 
 class GatedMlp(torch.autograd.Function):
     """down(act(gate(x)) · up(x)); of the wide tensors only gate's and up's outputs are kept."""
 
     @staticmethod
-    def forward(ctx: Any, layers: Sequence[Layer], act: Activation, x: Tensor, *adapters: Tensor) -> Tensor:
-        """`layers` are gate, up and down, `adapters` A and B of each by turns, `x` (tokens, width)."""
-        (gate, up), narrow = forward_of(layers[:2], x, *halves(adapters[:4], x.dtype))
-        (output,), low = forward_of(layers[2:], act.forward(gate, up), *halves(adapters[4:], x.dtype))
-        ctx.layers, ctx.act = layers, act
-        ctx.save_for_backward(x, narrow, gate, up, low, *adapters)
+    def forward(ctx: Any, first: Group, down: Group, act: Activation, x: Tensor, *_: Tensor) -> Tensor:
+        """`first` is gate and up, `x` (tokens, width); after it come A and B of gate, up and down by turns."""
+        (gate, up), narrow = first.forward(x)
+        (output,), low = down.forward(act.forward(gate, up))
+        ctx.first, ctx.down, ctx.act = first, down, act
+        ctx.save_for_backward(x, narrow, gate, up, low)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """The gradients of what `forward` took."""
-        x, narrow, gate, up, low, *adapters = ctx.saved_tensors
-        hidden = ctx.act.forward(gate, up)
-        of_hidden, of_down = backward_of(ctx.layers[2:], hidden, low, *halves(adapters[4:], x.dtype), [grad], True)
-        del hidden
-        of_wide = ctx.act.backward(gate, up, of_hidden)
-        of_x, of_first = backward_of(
-            ctx.layers[:2], x, narrow, *halves(adapters[:4], x.dtype), of_wide, ctx.needs_input_grad[2]
-        )
-        return None, None, of_x, *of_first, *of_down
+        x, narrow, gate, up, low = ctx.saved_tensors
+        of_hidden, below = ctx.down.input_gradient([grad], wanted=True)
+        *of_wide, hidden = ctx.act.backward(gate, up, of_hidden)
+        of_down = ctx.down.adapter_gradients(hidden, low, below, [grad])
+        del hidden, of_hidden
+        of_x, below = ctx.first.input_gradient(of_wide, ctx.needs_input_grad[3])
+        of_first = ctx.first.adapter_gradients(x, narrow, below, of_wide)
+        return None, None, None, of_x, *of_first, *of_down
 
 
-def products(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
+def products(group: Group, x: Tensor) -> list[Tensor]:
     """A (…, out) a layer for `x` (…, in)."""
-    outputs = Products.apply(layers, flat(x, layers), *adapters_of(layers))
-    return [as_wide_as(x, output) for output in outputs]
+    return [as_wide_as(x, output) for output in Products.apply(group, flat(x, group), *group.learned)]
 
 
-def gated_mlp(layers: Sequence[Layer], act: Activation, x: Tensor) -> Tensor:
+def alone(group: Group, x: Tensor) -> Tensor:
+    """The output (…, out) of a group of one layer for `x` (…, in)."""
+    return products(group, x)[0]
+
+
+def gated_mlp(first: Group, down: Group, act: Activation, x: Tensor) -> Tensor:
     """The output of gate, up and down for `x`, both (…, width)."""
-    return as_wide_as(x, GatedMlp.apply(layers, act, flat(x, layers), *adapters_of(layers)))
+    output: Tensor = GatedMlp.apply(first, down, act, flat(x, first), *first.learned, *down.learned)
+    return as_wide_as(x, output)
 
 
-def alone(layer: Layer, x: Tensor) -> Tensor:
-    """The output (…, out) of one layer for `x` (…, in)."""
-    return products([layer], x)[0]
-
-
-def flat(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+def flat(x: Tensor, group: Group) -> Tensor:
     """(…, width) as (tokens, width), in the dtype of the products."""
-    return x.reshape(-1, x.shape[-1]).to(layers[0].dtype)
+    return x.reshape(-1, x.shape[-1]).to(group.dtype)
 
 
 def as_wide_as(x: Tensor, output: Tensor) -> Tensor:
@@ -171,16 +163,11 @@ def as_wide_as(x: Tensor, output: Tensor) -> Tensor:
     return output.view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def adapters_of(layers: Sequence[Layer]) -> list[Tensor]:
-    """A and B of each layer by turns."""
-    return [weight for layer in layers for weight in layer.adapter()]
-
-
 class Siblings:
     """q, k and v of one input at once: the first that is asked computes all, the others find theirs here."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = layers
+    def __init__(self, group: Group) -> None:
+        self.group = group
         self.input: Tensor | None = None
         self.outputs: dict[int, Tensor] = {}
 
@@ -188,7 +175,7 @@ class Siblings:
         """The output of the layer at `place` for `x`."""
         if self.input is not x or place not in self.outputs:
             self.input = x
-            self.outputs = dict(enumerate(products(self.layers, x)))
+            self.outputs = dict(enumerate(products(self.group, x)))
         output = self.outputs.pop(place)
         if not self.outputs:
             self.input = None
@@ -216,43 +203,48 @@ def fuse(network: PeftModel) -> str:
     """
     modules = {name: module for name, module in network.named_modules() if isinstance(module, Linear4bit)}
     reasons = {name: why_not(module) for name, module in modules.items()}
-    layers = {
-        name: Layer(module, module.scaling[module.active_adapters[0]])
-        for name, module in modules.items()
-        if reasons[name] is None
-    }
-    if not layers:
+    free = {name: module for name, module in modules.items() if reasons[name] is None}
+    if not free:
         why = ", ".join(sorted({reason for reason in reasons.values() if reason})) or "no 4-bit layer has an adapter"
         return f"fused LoRA: none, PEFT's own computation ({why})"
-    for dtype in {layer.dtype for layer in layers.values()}:
-        make_room((layer.module.base_layer.weight for layer in layers.values() if layer.dtype == dtype), dtype)
-    gated = 0
+    make_room(
+        [module.base_layer.weight for module in free.values()], next(iter(free.values())).base_layer.compute_dtype
+    )
+    groups: list[Group] = []
+
+    def grouped(*modules: Linear4bit) -> Group:
+        groups.append(Group(modules))
+        return groups[-1]
+
+    gated, left = 0, dict(free)
     for name, module in network.named_modules():
-        own = {child: layers.get(f"{name}.{child}") for child in ("gate_proj", "up_proj", "down_proj")}
+        gate, up, down = (left.get(f"{name}.{child}") for child in ("gate_proj", "up_proj", "down_proj"))
         act = activation_of(module)
-        if type(module).__name__ in GATED and act and all(own.values()):
+        if type(module).__name__ in GATED and act and gate and up and down:
             gated += 1
-            together = [layer for layer in own.values() if layer]
-            _replace(module, together, partial(gated_mlp, together, act))
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        family = [layers.get(f"{parent}.{sibling}") for sibling in ("q_proj", "k_proj", "v_proj")]
-        if child == "q_proj" and all(family):
-            siblings = Siblings([layer for layer in family if layer])
-            for place, sibling in enumerate(siblings.layers):
-                _replace(sibling.module, [sibling], partial(siblings.output, place))
-        elif not (child in ("k_proj", "v_proj") and all(family)):
-            _replace(layer.module, [layer], partial(alone, layer))
-    left = len(modules) - len(layers)
-    return f"fused LoRA: {len(layers)} layers, {gated} gated MLPs whole" + (f"; {left} left to PEFT" if left else "")
+            _replace(module, (gate, up, down), partial(gated_mlp, grouped(gate, up), grouped(down), act))
+            left = {other: layer for other, layer in left.items() if layer not in (gate, up, down)}
+    for name in [name for name in left if name.endswith(".q_proj")]:
+        stem = name.removesuffix("q_proj")
+        q, k, v = (left.get(f"{stem}{child}") for child in ("q_proj", "k_proj", "v_proj"))
+        if q and k and v:
+            siblings = Siblings(grouped(q, k, v))
+            for place, layer in enumerate((q, k, v)):
+                _replace(layer, [layer], partial(siblings.output, place))
+            left = {other: layer for other, layer in left.items() if layer not in (q, k, v)}
+    for layer in left.values():
+        _replace(layer, [layer], partial(alone, grouped(layer)))
+    network.register_forward_pre_hook(lambda *_: refresh(groups))
+    rest = len(modules) - len(free)
+    return f"fused LoRA: {len(free)} layers, {gated} gated MLPs whole" + (f"; {rest} left to PEFT" if rest else "")
 
 
-def _replace(module: nn.Module, layers: Sequence[Layer], compute: Callable[[Tensor], Tensor]) -> None:
+def _replace(module: nn.Module, layers: Sequence[Linear4bit], compute: Callable[[Tensor], Tensor]) -> None:
     """Let `module` compute so, unless an adapter is switched off or merged, or it is given more than its input."""
     original = module.forward
 
     def forward(_: nn.Module, x: Tensor, *args: Any, **rest: Any) -> Tensor:
-        if args or rest or any(layer.module.disable_adapters or layer.module.merged for layer in layers):
+        if args or rest or any(layer.disable_adapters or layer.merged for layer in layers):
             return original(x, *args, **rest)
         return compute(x)
 

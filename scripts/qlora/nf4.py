@@ -1,6 +1,6 @@
 """Frozen 4-bit weights made whole again for one product."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -29,6 +29,6 @@ def dequantized(weight: Params4bit, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_4bit(weight.data, state).to(dtype)
 
 
-def make_room(weights: Iterable[Params4bit], dtype: torch.dtype) -> None:
+def make_room(weights: Sequence[Params4bit], dtype: torch.dtype) -> None:
     """Let the largest of `weights` be the first to be made whole, so that the place of all never moves."""
     dequantized(max(weights, key=lambda weight: weight.quant_state.shape.numel()), dtype)
