@@ -18,7 +18,7 @@ from qlora.conversations import Message, placed_system
 from qlora.encoding import encode
 from qlora.errors import UserError
 from qlora.files import read_jsonl, write_jsonl
-from qlora.generation import greedy
+from qlora.generation import SLACK, greedy
 from qlora.loss import softcap_of, token_nll
 from qlora.models import load_quantized, set_threads
 from qlora.render import (
@@ -34,7 +34,6 @@ from qlora.render import (
     tokenized,
 )
 
-SLACK = 8  # tokens that an answer may be longer than the longest training answer of its dataset
 BATCH_ROWS = 1000  # whose answers are measured at a time
 CANDIDATES = 100  # training rows looked at for an example of a few-shot prompt
 LOSS_TOKENS = 16_384  # padded tokens of a batch when the likelihood of answers is computed

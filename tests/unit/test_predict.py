@@ -20,10 +20,11 @@ from tokenizers_for_tests import FAMILIES, family_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge_adapter import merge_adapter
-from predict_rows import SLACK, Question, _row, answer_nll, few_shot_examples, generate, predict_rows, questions
+from predict_rows import Question, _row, answer_nll, few_shot_examples, generate, predict_rows, questions
 from qlora.conversations import message
 from qlora.errors import UserError
 from qlora.files import read_jsonl, write_jsonl
+from qlora.generation import SLACK
 from qlora.models import load_quantized
 from qlora.render import IGNORED, rows_of
 
