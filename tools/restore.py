@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ from recorded import (  # noqa: E402 (scripts/ is no package)
     recorded_outs,
     remote_name,
 )
-from results_lock import LOCK, git  # noqa: E402
+from results_lock import LOCK, declared_outputs, git  # noqa: E402
+from strangers import leave_alone, lies_in, strangers  # noqa: E402
 
 WHAT = "make restore"
 RUN_OUTPUTS = {  # of rule train
@@ -60,11 +61,13 @@ def restore(root: Path, sdm: str | None = None, discard: bool = False) -> str:
     bulk = {path: out for path, out in outs.items() if out.cached}
     fetch(root, bulk)
     files = files_of_outs(root, bulk)
+    others = strangers(root, bulk, {*declared_outputs(root), *files})
     if not discard:
-        refuse(lost(root, bulk, files))
+        refuse(lost(root, bulk, files, others))
     refuse(too_little_space(root, files))
     (root / CUT_OFF).parent.mkdir(exist_ok=True)
     (root / CUT_OFF).touch()
+    leave_alone(root, others)
     ran(root, "dvc", "checkout", "--force")
     refuse(other_bytes(root, files))
     for path in [*files, *from_the_future(root)]:
@@ -134,23 +137,21 @@ def fetch(root: Path, outs: Mapping[str, Out]) -> None:
         )
 
 
-def lost(root: Path, outs: Iterable[str], files: Mapping[str, str]) -> str | None:
-    """Which file a restore would lose, since it is not recorded and DVC's cache has not its bytes; None for none."""
+def lost(root: Path, outs: Iterable[str], files: Mapping[str, str], others: Collection[str]) -> str | None:
+    """Which file a restore would lose, since it is not recorded and DVC's cache has not its bytes; None for none.
+
+    What lies in `others` is not the default's, and stays.
+    """
     for out in outs:
         for file in files_below(root / out) if (root / out).exists() else []:
             name = file.relative_to(root).as_posix()
-            if made_on_request(file) or (name in files and md5_of(file) == files[name]):
+            if lies_in(name, others) or (name in files and md5_of(file) == files[name]):
                 continue
             if not cached(root, md5_of(file)).exists():
                 return (
                     f"{name} would be lost, it is not recorded: make record first, move it away, or restore DISCARD=1"
                 )
     return None
-
-
-def made_on_request(file: Path) -> bool:
-    """Whether DVC leaves a file alone (.dvcignore): what `merge` and `publish` made."""
-    return "merged" in file.parts or file.name == "published.json"
 
 
 def too_little_space(root: Path, files: Mapping[str, str]) -> str | None:
@@ -193,7 +194,7 @@ def main() -> int:
     parser.add_argument("--discard", action="store_true", help="let go of results that are not recorded")
     given = parser.parse_args()
     try:
-        with alone(ROOT, WHAT):
+        with alone(ROOT):
             print(restore(ROOT, given.sdm, given.discard))
     except UserError as error:
         return finish(WHAT, error)
