@@ -75,9 +75,9 @@ def alone(root: Path) -> TextIO:
     return lock
 
 
-def planned(root: Path, *arguments: str) -> Planned:
+def planned(root: Path) -> Planned:
     """What Snakemake would do now; raises UserError where it cannot say."""
-    return read_plan(ran(root, "snakemake", "-n", *arguments).stdout)
+    return read_plan(ran(root, "snakemake", "-n").stdout)
 
 
 def read_plan(shown: str) -> Planned:

@@ -97,8 +97,9 @@ def test_with_conda_environments_nothing_is_to_be_done_either(
     (conda.parent / "activate").write_text("")
     monkeypatch.setenv("PATH", f"{conda.parent}:{os.environ['PATH']}")
     clone = published.clone(tmp_path / "clone", remote_of(published))
-    assert "nothing to do" in clone.tool("restore", "--sdm", "conda")
+    assert "nothing to do" in clone.tool("restore")
     assert clone.jobs("--sdm", "conda") == set()
+    assert clone.jobs() == set()
 
 
 def test_a_commit_that_asks_for_more_leaves_just_that_to_do(restored: Repository, tmp_path: Path) -> None:
