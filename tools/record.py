@@ -100,7 +100,7 @@ def refuse(file: str | None) -> None:
 def changed_files(root: Path, declared: Iterable[str], records: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The first output that is not what its job wrote, in words; None for none.
 
-    Told by its time, by what the jobs after it noted as its SHA-256, by source.json, and by run.json.
+    Told by its time, by what the jobs after it noted as its SHA-256, by source.json, card.json and run.json.
     """
     for path, noted in sorted(records.items()):
         for file in sorted((root / path).rglob("*")) if (root / path).is_dir() else [root / path]:
@@ -116,12 +116,14 @@ def changed_files(root: Path, declared: Iterable[str], records: Mapping[str, Map
 
 
 def noted_hashes(root: Path, declared: Iterable[str]) -> dict[Path, str]:
-    """File → SHA-256 that the results themselves note: of the sources' files and of the adapters'."""
+    """File → SHA-256 that the results themselves note: of the sources' files, the tokenised rows' and the adapters'."""
     noted: dict[Path, str] = {}
     for path in (root / name for name in declared):
         if (path / "source.json").is_file():
             files = read_json(path / "source.json")["files"]
             noted |= {path / name: file["sha256"] for name, file in files.items()}
+        elif (path / "card.json").is_file():
+            noted |= {path / name: digest for name, digest in read_json(path / "card.json").get("sha256", {}).items()}
         elif path.name == "run.json" and path.is_file():
             noted |= {path.parent / "adapter" / name: digest for name, digest in read_json(path)["adapter"].items()}
     return noted

@@ -9,7 +9,7 @@ import pytest
 
 from qlora.errors import UserError
 from qlora.files import sha256_of_file
-from record import changed_files, changed_since, drop_half_written
+from record import changed_files, changed_since, drop_half_written, record
 from recorded import (
     NO_SPACE,
     Out,
@@ -83,6 +83,14 @@ def test_what_a_killed_snakemake_left_locked_is_told(tmp_path):
         alone(tmp_path)
 
 
+def test_what_a_cut_off_restore_left_is_not_recorded(tmp_path):
+    for name in ("results/metrics.csv", ".snakemake/restoring"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="make restore was cut off here: run it again"):
+        record(tmp_path)
+
+
 def test_outputs_as_their_jobs_wrote_them_are_not_refused(tmp_path):
     noted(tmp_path, "results/a")
     noted(tmp_path, "results/b", input_checksums={"results/a": f"sha256:{sha256_of_file(tmp_path / 'results/a')}"})
@@ -107,6 +115,7 @@ def test_an_output_with_other_bytes_than_were_read_is_named(tmp_path):
     ("record", "about", "file"),
     [
         ("results/sources/models/m/source.json", {"files": {"w": {"sha256": "00"}}}, "results/sources/models/m/w"),
+        ("results/tokens/m/x/card.json", {"sha256": {"w": "00"}}, "results/tokens/m/x/w"),
         ("results/runs/r/run.json", {"adapter": {"w": "00"}}, "results/runs/r/adapter/w"),
     ],
 )
