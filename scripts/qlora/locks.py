@@ -22,7 +22,8 @@ def locked(path: Path, shared: bool = False) -> TextIO:
     that knows no locks holds nobody back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+", encoding="utf-8")
+    how = os.O_RDONLY if shared else os.O_RDWR  # who may only read a folder may still ask what there is to do
+    file = os.fdopen(os.open(path, os.O_CREAT | how, 0o666), encoding="utf-8")
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -69,3 +69,8 @@ def test_a_file_system_without_locks_holds_nobody_back(
     else:
         with pytest.raises(OSError, match=os.strerror(number)):
             locked(tmp_path / "lock")
+
+
+def test_the_shared_lock_wants_no_right_to_write(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock", shared=True) as file:
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
