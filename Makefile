@@ -19,8 +19,8 @@ demo: venv ## run the embedded default and say where its report is (CORES=all)
 record: venv ## put the results as they are into DVC's cache and dvc.lock
 	@$(BIN)/python tools/record.py
 
-restore: venv ## bring back the results that dvc.lock holds (SDM=conda: for --sdm conda; DISCARD=1: let go of others)
-	@$(BIN)/python tools/restore.py $(if $(SDM),--sdm $(SDM)) $(if $(DISCARD),--discard)
+restore: venv ## bring back the results that dvc.lock holds (DISCARD=1: let go of others)
+	@$(BIN)/python tools/restore.py $(if $(DISCARD),--discard)
 
 reproduce: venv ## compute HEAD's results anew and compare (CORES=all, REPRODUCE_IN=a new folder)
 	@$(BIN)/python tools/reproduce.py --cores $(CORES) $(if $(REPRODUCE_IN),--folder '$(REPRODUCE_IN)')

@@ -56,7 +56,7 @@ rule predict_base:
     input: "sources/{{model}}", "preflight/{{model}}", expand("datasets/{{name}}", name=DATA)
     output: "predictions/base/{{model}}.jsonl"
 rule predict_tuned:
-    input: base, "runs/{{run}}/adapter", expand("datasets/{{name}}", name=DATA)
+    input: base, "runs/{{run}}/adapter", "runs/{{run}}/run.json", expand("datasets/{{name}}", name=DATA)
     output: "predictions/tuned/{{run}}.jsonl"
 rule evaluate_base:
     input: "predictions/base/{{model}}.jsonl", expand("datasets/{{name}}", name=DATA)

@@ -12,9 +12,7 @@ from qlora.config import check_pinned, checked_config, resolved_device, results_
 from qlora.errors import UserError
 from qlora.files import files_below
 from qlora.finished import trim
-
-if Path(".snakemake/restoring").exists() and "RESTORING" not in os.environ:  # tools/restore.py sets both
-    raise WorkflowError("make restore is at work here, or was cut off: wait for its end, or run it again")
+from qlora.locks import HELD, RESULTS_LOCK, locked
 
 
 def used(kind):
@@ -27,6 +25,10 @@ def used(kind):
 
 
 try:
+    if HELD not in os.environ:
+        own_lock = locked(RESULTS_LOCK, shared=True)  # as long as this Snakemake lives
+        if Path(".snakemake/restoring").exists():
+            raise UserError("make restore was cut off here: run it again")
     config = checked_config(config)
     for kind in ("models", "datasets"):
         for name in used(kind):

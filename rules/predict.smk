@@ -11,6 +11,7 @@ rule predict_base:
     params:
         code=code_of("predict_rows.py"),
         adapter=None,
+        record=None,
         form=form_of,
         system=system_of,
         quantization=value_at("suites/{suite}/quantization", config),
@@ -40,6 +41,7 @@ rule predict_tuned:
     input:
         model=model_of,
         adapter=f"{RESULTS}/runs/{{run}}/adapter",
+        record=f"{RESULTS}/runs/{{run}}/run.json",
         datasets=datasets_of,
     output:
         predictions=f"{RESULTS}/predictions/{{suite}}/tuned/{{run}}.jsonl",

@@ -17,8 +17,8 @@ from peft import PeftModel
 from qlora.conversations import Message, placed_system
 from qlora.encoding import encode
 from qlora.errors import UserError
-from qlora.files import read_jsonl, write_jsonl
-from qlora.generation import greedy
+from qlora.files import check_files, check_source, read_json, read_jsonl, write_jsonl
+from qlora.generation import SLACK, greedy
 from qlora.loss import softcap_of, token_nll
 from qlora.models import load_quantized, set_threads
 from qlora.render import (
@@ -34,7 +34,6 @@ from qlora.render import (
     tokenized,
 )
 
-SLACK = 8  # tokens that an answer may be longer than the longest training answer of its dataset
 BATCH_ROWS = 1000  # whose answers are measured at a time
 CANDIDATES = 100  # training rows looked at for an example of a few-shot prompt
 LOSS_TOKENS = 16_384  # padded tokens of a batch when the likelihood of answers is computed
@@ -58,6 +57,7 @@ def predict_rows(
     datasets: list[Path],
     predictions: Path,
     adapter: Path | None,
+    record: Path | None,
     form: Format | None,
     quantization: Mapping[str, Any],
     attention: str,
@@ -75,8 +75,12 @@ def predict_rows(
     its prompt. Decoding is greedy, up to the longest training answer of the dataset and some tokens more, and at most
     `max_new_tokens`. `nll` is in nats over the answer's tokens, its stop token included. `system` is where a system
     message goes. A row that does not fit into the model's context is an error, or its prompt is cut on the left, as
-    `overlong` says.
+    `overlong` says. An adapter comes with its run's `record`; a file of it or of the base that is not the recorded one
+    is an error.
     """
+    check_source(model)
+    if adapter is not None and record is not None:
+        check_files(adapter, read_json(record)["adapter"], "run.json")
     set_threads(threads, device)
     tokenizer = load_tokenizer(model)
     network: Any = load_quantized(model, quantization, device, attention)

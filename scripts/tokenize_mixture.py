@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from qlora.conversations import Message, placed_system
 from qlora.encoding import added_pattern, decode, plain
 from qlora.errors import UserError
-from qlora.files import read_jsonl, replacing, write_json
+from qlora.files import read_jsonl, replacing, sha256_of_file, write_json
 from qlora.overlong import fitted
 from qlora.render import Format, Segment, Tokens, load_tokenizer, quotes, rows_of, stop_ids, tokenized_batch
 
@@ -99,6 +99,7 @@ def tokenize_mixture(
                 f"{mixture / 'train.jsonl'}: no row fits into max_length {max_length};"
                 " raise it, or set 'overlong' to cut"
             )
+        card["sha256"] = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir())}
         write_json(folder / "card.json", card)
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from qlora.errors import UserError
-from qlora.files import files_below, read_json, replacing, sha256_of_file, write_json
+from qlora.files import check_files, check_source, files_below, read_json, replacing, sha256_of_file, write_json
 from qlora.finished import keep, take
 from qlora.models import set_threads
 from qlora.record import commit, digest, hardware, peak_memory, versions
@@ -146,14 +146,19 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 
 def _pins(model: Path, tokens: Path) -> dict[str, Any]:
-    """What was trained on: the base's files by SHA-256, and the tokenised rows."""
-    source = read_json(model / "source.json")
+    """What is trained on: the base's files by SHA-256, and the tokenised rows.
+
+    Raises UserError that names a file which is another now than when it was made.
+    """
+    source, rows = read_json(model / "source.json"), read_json(tokens / "card.json")["sha256"]
+    check_source(model)
+    check_files(tokens, rows, "card.json")
     return {
         "model": {
             "source": source["source"],
             "files": {name: file["sha256"] for name, file in source["files"].items()},
         },
-        "tokens": {name: sha256_of_file(tokens / name) for name in ("train.arrow", "validation.arrow")},
+        "tokens": rows,
     }
 
 

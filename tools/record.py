@@ -16,6 +16,7 @@ sys.path.append(str(ROOT / "scripts"))
 from qlora.errors import UserError  # noqa: E402
 from qlora.files import read_json, sha256_of_file, write_json  # noqa: E402
 from recorded import (  # noqa: E402 (scripts/ is no package)
+    CUT_OFF,
     NO_SPACE,
     Out,
     alone,
@@ -29,7 +30,8 @@ from recorded import (  # noqa: E402 (scripts/ is no package)
     recorded_outs,
     remote_name,
 )
-from results_lock import LEFT_OUT, LOCK, counted, first_difference, made_lock, stage_outputs  # noqa: E402
+from results_lock import LOCK, counted, declared_outputs, first_difference, made_lock, stage_outputs  # noqa: E402
+from strangers import leave_alone, strangers  # noqa: E402
 
 WHAT = "make record"
 
@@ -38,19 +40,20 @@ def record(root: Path) -> str:
     """Record the results below `root`, and say what was recorded. Raises UserError with the reason to refuse."""
     if not (root / "results/metrics.csv").exists():
         raise UserError("there are no results: make them with `make demo` or snakemake, then record")
-    places = [path for paths in stage_outputs(root).values() for path in paths]
-    records = {path: noted for path, noted in job_records(root).items() if lies_in(path, places)}
-    refuse(changed_files(root, records))
+    if (root / CUT_OFF).exists():
+        raise UserError("make restore was cut off here: run it again, then record")
+    declared = declared_outputs(root)
+    records = {path: noted for path, noted in job_records(root).items() if path in declared}
+    refuse(changed_files(root, declared, records))
     plan = planned(root)
     if plan.first:
         raise UserError(f"the results are stale, {plan.jobs} jobs are due, first: {plan.first}; run snakemake first")
     lock, before = made_lock(root), read_json(root / LOCK) if (root / LOCK).exists() else {}
     refuse(changed_since(before, lock))
     drop_half_written(root / "dvc.lock")
+    leave_alone(root, strangers(root, [path for paths in stage_outputs(root).values() for path in paths], declared))
     outs = into_cache(root)
-    files = [Path(file) for files in lock["files"].values() for file in files]
-    declared = {place.as_posix() for file in files for place in (file, *file.parents)}
-    jobs = {path: job_hash(noted) for path, noted in records.items() if path in declared or lies_in(path, [LEFT_OUT])}
+    jobs = {path: job_hash(noted) for path, noted in records.items()}
     made = {**lock, "outs": {path: out.md5 for path, out in outs.items()}, "jobs": jobs}
     unchanged = {**made, "commit": before.get("commit")} == before  # recorded again: not a file differs then
     write_json(root / LOCK, before if unchanged else made)
@@ -88,21 +91,16 @@ def push(root: Path) -> str:
     return f"in the cache and the remote '{remote}'"
 
 
-def lies_in(path: str, folders: Iterable[str]) -> bool:
-    """Whether a path is one of the folders (or files), or below one."""
-    return any(Path(path).is_relative_to(folder) for folder in folders)
-
-
 def refuse(file: str | None) -> None:
     """Raise UserError about a file that is not what its job wrote."""
     if file:
         raise UserError(f"{file}; delete it and run snakemake, which makes it anew, then record")
 
 
-def changed_files(root: Path, records: Mapping[str, Mapping[str, Any]]) -> str | None:
+def changed_files(root: Path, declared: Iterable[str], records: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The first output that is not what its job wrote, in words; None for none.
 
-    Told by its time, by what the jobs after it noted as its SHA-256, by source.json, and by run.json.
+    Told by its time, by what the jobs after it noted as its SHA-256, by source.json, card.json and run.json.
     """
     for path, noted in sorted(records.items()):
         for file in sorted((root / path).rglob("*")) if (root / path).is_dir() else [root / path]:
@@ -111,19 +109,23 @@ def changed_files(root: Path, records: Mapping[str, Mapping[str, Any]]) -> str |
         for name, checksum in sorted((noted["input_checksums"] or {}).items()):
             if (root / name).is_file() and name in records and sha256_of_file(root / name) != checksum.split(":")[-1]:
                 return f"{name} is not what it was when {path} was made of it"
-    for file, digest in sorted(noted_hashes(root).items()):
+    for file, digest in sorted(noted_hashes(root, declared).items()):
         if not file.is_file() or sha256_of_file(file) != digest:
             return f"{file.relative_to(root)} is not what its job wrote"
     return None
 
 
-def noted_hashes(root: Path) -> dict[Path, str]:
-    """File → SHA-256 that the results themselves note: of the sources' files and of the adapters'."""
+def noted_hashes(root: Path, declared: Iterable[str]) -> dict[Path, str]:
+    """File → SHA-256 that the results themselves note: of the sources' files, the tokenised rows' and the adapters'."""
     noted: dict[Path, str] = {}
-    for source in (root / "results/sources").glob("*/*/source.json"):
-        noted |= {source.parent / name: file["sha256"] for name, file in read_json(source)["files"].items()}
-    for run in (root / "results/runs").glob("*/run.json"):
-        noted |= {run.parent / "adapter" / name: digest for name, digest in read_json(run)["adapter"].items()}
+    for path in (root / name for name in declared):
+        if (path / "source.json").is_file():
+            files = read_json(path / "source.json")["files"]
+            noted |= {path / name: file["sha256"] for name, file in files.items()}
+        elif (path / "card.json").is_file():
+            noted |= {path / name: digest for name, digest in read_json(path / "card.json").get("sha256", {}).items()}
+        elif path.name == "run.json" and path.is_file():
+            noted |= {path.parent / "adapter" / name: digest for name, digest in read_json(path)["adapter"].items()}
     return noted
 
 
@@ -148,7 +150,7 @@ def drop_half_written(path: Path) -> None:
 def main() -> int:
     """Record, and print in one line what was recorded or why not; returns the exit status."""
     try:
-        with alone(ROOT, WHAT):
+        with alone(ROOT):
             print(record(ROOT))
     except UserError as error:
         return finish(WHAT, error)

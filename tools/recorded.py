@@ -1,16 +1,14 @@
 """What `make record` and `make restore` share: the lines of DVC and Snakemake, and what was recorded, by content."""
 
-import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
 from base64 import urlsafe_b64decode
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import yaml
 
@@ -19,12 +17,12 @@ sys.path.append(str(ROOT / "scripts"))
 
 from qlora.errors import UserError  # noqa: E402
 from qlora.files import read_json  # noqa: E402
+from qlora.locks import HELD, RESULTS_LOCK, locked  # noqa: E402
 from results_lock import dvc_stages  # noqa: E402 (scripts/ is no package)
 
 CACHE = Path(".dvc/cache/files/md5")
 METADATA = Path(".snakemake/metadata")
-CUT_OFF = Path(".snakemake/restoring")  # there while `make restore` is at work; the Snakefile refuses to run then
-HASH_BLOCK = 1 << 20  # bytes
+CUT_OFF = Path(".snakemake/restoring")  # there until `make restore` is through; the Snakefile refuses to run then
 NO_SPACE = "no space left on the disk: free some and start again"
 
 
@@ -47,12 +45,12 @@ def ran(root: Path, tool: str, *arguments: str, check: bool = True) -> subproces
     done = subprocess.run(
         [sys.executable, "-m", tool, *arguments],
         cwd=root,
-        env={**os.environ, "NO_COLOR": "1", "DVC_NO_ANALYTICS": "1", "RESTORING": "1"},
+        env={**os.environ, "NO_COLOR": "1", "DVC_NO_ANALYTICS": "1", HELD: "1"},
         text=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        close_fds=False,  # the lock of `alone` outlives a kill of this process until the tool that it started ends
+        close_fds=False,  # so that it has the lock, should this process be killed alone
         check=False,
     )
     if check and done.returncode:
@@ -69,32 +67,17 @@ def why_failed(tool: str, shown: str) -> str:
     return f"{tool}: {(errors or lines or ['it failed without a word'])[0]}"
 
 
-@contextmanager
-def alone(root: Path, what: str) -> Iterator[None]:
-    """Hold the lock of this folder's results, or raise UserError that names who has it.
-
-    The processes started meanwhile inherit it.
-    """
-    path = root / ".dvc/tmp/results.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{file.read().strip()} is at work here: wait for its end") from None
-        os.set_inheritable(file.fileno(), True)
-        file.truncate(0)
-        file.write(f"{what} (process {os.getpid()})")
-        file.flush()
-        if any((root / ".snakemake/locks").glob("*")):
-            raise UserError("snakemake is at work here: wait for its end, or, if it was killed: snakemake --unlock")
-        yield
+def alone(root: Path) -> TextIO:
+    """Hold the results of this folder until the file is closed, or raise UserError that names who works on them."""
+    lock = locked(root / RESULTS_LOCK)
+    if any((root / ".snakemake/locks").glob("*")):
+        raise UserError("a snakemake was killed here: see that no job of it still runs, then: snakemake --unlock")
+    return lock
 
 
-def planned(root: Path, *arguments: str) -> Planned:
+def planned(root: Path) -> Planned:
     """What Snakemake would do now; raises UserError where it cannot say."""
-    return read_plan(ran(root, "snakemake", "-n", *arguments).stdout)
+    return read_plan(ran(root, "snakemake", "-n").stdout)
 
 
 def read_plan(shown: str) -> Planned:
@@ -111,11 +94,8 @@ def read_plan(shown: str) -> Planned:
 
 def md5_of(path: Path) -> str:
     """MD5 of a file's bytes, as DVC names contents."""
-    digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def recorded_outs(root: Path) -> dict[str, Out]:

@@ -2,11 +2,9 @@
 
 import argparse
 import csv
-import fcntl
 import hashlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from results_lock import (  # makes the modules below importable
     LOCK,
@@ -38,6 +36,7 @@ from claims import checked_claims, claim_lines
 from qlora.errors import UserError
 from qlora.files import read_json, replacing
 from qlora.findings import flattened
+from qlora.locks import locked
 from qlora.results import Record, read_table
 
 COMPARISON, SPREAD = "results/comparison.csv", "results/seeds.csv"
@@ -155,35 +154,26 @@ def clone(root: Path, folder: Path) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[TextIO]:
-    """A lock on the folder, which ends with the last process that has it open, however that ends."""
+def held(folder: Path) -> Iterator[None]:
+    """Have a folder, which may not be there yet, to oneself and to the processes that are started meanwhile."""
     path = folder.with_name(f"{folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with locked(path):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{folder} is being worked in by process {file.read()}; wait for it, or stop it") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        try:
-            yield file
+            yield
         finally:
             path.unlink()
 
 
-def compute(folder: Path, device: str | None, cores: str, lock: TextIO) -> None:
-    """Run the default in the folder; Snakemake holds `lock` too, so that a kill of this process alone is noticed."""
+def compute(folder: Path, device: str | None, cores: str) -> None:
+    """Run the default in the folder; Snakemake has the lock of `held` too, should this process be killed alone."""
     snakemake = [sys.executable, "-m", "snakemake"]
-    if any((folder / ".snakemake/locks").glob("*")):  # of a Snakemake that was killed: a living one holds `lock`
+    if any((folder / ".snakemake/locks").glob("*")):  # of a killed one: a living one has the lock of `held`
         subprocess.run([*snakemake, "--unlock"], cwd=folder, check=True, capture_output=True)
     command = [*snakemake, "--cores", cores, "--quiet", "host", "reason"]
     command += ["--config", f"device={device}"] if device else []
     before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches Snakemake too, which stops in order
     try:
-        stopped = subprocess.run(command, cwd=folder, pass_fds=[lock.fileno()]).returncode != 0
+        stopped = subprocess.run(command, cwd=folder, close_fds=False).returncode != 0
     finally:
         signal.signal(signal.SIGINT, before)
     if stopped:
@@ -211,14 +201,14 @@ def reproduce(root: Path, folder: Path | None, cores: str) -> bool:
     check_committed(root, lock["files"])
     commit = git(root, "rev-parse", "HEAD")[:10]
     place = folder or root.with_name(f"{root.name}-reproduced-{commit}")
-    with held(place) as lock_file:
+    with held(place):
         clone(root, place)
         changed = changes({"config": lock["config"]}, {"config": deciding_config(place)})
         if changed:
             raise UserError(f"{LOCK} was recorded with another configuration: {changed[0]}; `make record` anew")
         device = next((facts["device"] for facts in lock["hardware"].values()), None)
         print(f"reproduce: commit {commit}, on {device or 'any device'}, in {place}", flush=True)
-        compute(place, device, cores, lock_file)
+        compute(place, device, cores)
         good, lines = judged(lock, recomputed(place), *(committed_table(root, n) for n in (COMPARISON, SPREAD)))
     if good and folder is None:
         shutil.rmtree(place)

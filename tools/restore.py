@@ -1,4 +1,4 @@
-"""Bring back the results that dvc.lock holds, and make Snakemake agree with them. `make restore [SDM=conda]`.
+"""Bring back the results that dvc.lock holds, and make Snakemake agree with them: `make restore`.
 
 Nothing is put into results/ before all of it is here and has the recorded bytes; while it is put there, and if that is
 cut off, Snakemake refuses to run. What decides a job (its params, its inputs) is compared with what was recorded: a job
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ from recorded import (  # noqa: E402 (scripts/ is no package)
     recorded_outs,
     remote_name,
 )
-from results_lock import LOCK, git  # noqa: E402
+from results_lock import LOCK, declared_outputs, git  # noqa: E402
+from strangers import leave_alone, lies_in, strangers  # noqa: E402
 
 WHAT = "make restore"
 RUN_OUTPUTS = {  # of rule train
@@ -52,7 +53,7 @@ RUN_OUTPUTS = {  # of rule train
 RECOMPUTE = "make reproduce computes the results anew"
 
 
-def restore(root: Path, sdm: str | None = None, discard: bool = False) -> str:
+def restore(root: Path, discard: bool = False) -> str:
     """Bring back the recorded results below `root`, and say so. Raises UserError with the reason to refuse."""
     outs, lock = recorded_outs(root), read_json(root / LOCK) if (root / LOCK).exists() else {}
     refuse(not_recorded(outs, lock) or dirty(git(root, "status", "--porcelain", "--untracked-files=no")))
@@ -60,17 +61,19 @@ def restore(root: Path, sdm: str | None = None, discard: bool = False) -> str:
     bulk = {path: out for path, out in outs.items() if out.cached}
     fetch(root, bulk)
     files = files_of_outs(root, bulk)
+    others = strangers(root, bulk, {*declared_outputs(root), *files})
     if not discard:
-        refuse(lost(root, bulk, files))
+        refuse(lost(root, bulk, files, others))
     refuse(too_little_space(root, files))
     (root / CUT_OFF).parent.mkdir(exist_ok=True)
     (root / CUT_OFF).touch()
+    leave_alone(root, others)
     ran(root, "dvc", "checkout", "--force")
     refuse(other_bytes(root, files))
     for path in [*files, *from_the_future(root)]:
         os.utime(root / path)  # Snakemake touches no input, and of a folder not what is in it
     keep_finished(root)
-    left = agree(root, lock["jobs"], ["--sdm", sdm] if sdm else [])
+    left = agree(root, lock["jobs"])
     (root / CUT_OFF).unlink()
     here = f"Restored {len(files)} files as dvc.lock has them"
     if not left:
@@ -134,23 +137,21 @@ def fetch(root: Path, outs: Mapping[str, Out]) -> None:
         )
 
 
-def lost(root: Path, outs: Iterable[str], files: Mapping[str, str]) -> str | None:
-    """Which file a restore would lose, since it is not recorded and DVC's cache has not its bytes; None for none."""
+def lost(root: Path, outs: Iterable[str], files: Mapping[str, str], others: Collection[str]) -> str | None:
+    """Which file a restore would lose, since it is not recorded and DVC's cache has not its bytes; None for none.
+
+    What lies in `others` is not the default's, and stays.
+    """
     for out in outs:
         for file in files_below(root / out) if (root / out).exists() else []:
             name = file.relative_to(root).as_posix()
-            if made_on_request(file) or (name in files and md5_of(file) == files[name]):
+            if lies_in(name, others) or (name in files and md5_of(file) == files[name]):
                 continue
             if not cached(root, md5_of(file)).exists():
                 return (
                     f"{name} would be lost, it is not recorded: make record first, move it away, or restore DISCARD=1"
                 )
     return None
-
-
-def made_on_request(file: Path) -> bool:
-    """Whether DVC leaves a file alone (.dvcignore): what `merge` and `publish` made."""
-    return "merged" in file.parts or file.name == "published.json"
 
 
 def too_little_space(root: Path, files: Mapping[str, str]) -> str | None:
@@ -175,26 +176,30 @@ def keep_finished(root: Path) -> None:
             keep(entry, {name: record.parent / file for name, file in RUN_OUTPUTS.items()})
 
 
-def agree(root: Path, jobs: Mapping[str, str], arguments: list[str]) -> str | None:
-    """Let Snakemake take the files for its own, but not those whose job is another now; says what is due, or None."""
-    ran(root, "snakemake", "--touch", "--forceall", "--keep-going", "--nolock", "--cores", "1", *arguments, check=False)
+def agree(root: Path, jobs: Mapping[str, str]) -> str | None:
+    """Let Snakemake take the files for its own, but not those whose job is another now; says what is due, or None.
+
+    Which environment Snakemake will use, `.venv` or conda's, is left open: it is none that made the files.
+    """
+    ran(root, "snakemake", "--touch", "--forceall", "--keep-going", "--nolock", "--cores", "1", check=False)
     for path, noted in job_records(root).items():
-        if (root / path).exists() and jobs.get(path) not in (None, job_hash(noted)):
-            changed = {key: value for key, value in noted.items() if key != "noted in"}
-            Path(noted["noted in"]).write_text(json.dumps({**changed, "params": ["recorded with others"]}))
-    plan = planned(root, *arguments)
+        if path in jobs and (root / path).exists():
+            changed = {key: value for key, value in noted.items() if key != "noted in"} | {"software_stack_hash": None}
+            if jobs[path] != job_hash(noted):
+                changed["params"] = ["recorded with others"]
+            Path(noted["noted in"]).write_text(json.dumps(changed))
+    plan = planned(root)
     return f"{plan.jobs} jobs are due, first: {plan.first}" if plan.first else None
 
 
 def main() -> int:
     """Restore, and print in one line what was restored or why not; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sdm", choices=("conda",), help="as later runs of Snakemake have it")
     parser.add_argument("--discard", action="store_true", help="let go of results that are not recorded")
     given = parser.parse_args()
     try:
-        with alone(ROOT, WHAT):
-            print(restore(ROOT, given.sdm, given.discard))
+        with alone(ROOT):
+            print(restore(ROOT, given.discard))
     except UserError as error:
         return finish(WHAT, error)
     except subprocess.CalledProcessError as error:

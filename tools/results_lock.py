@@ -7,6 +7,7 @@ and the commit in run.json, and the report, which shows them. docs/reproduce.md 
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -24,6 +25,7 @@ from qlora.code_hash import code_hash  # noqa: E402 (scripts/ is no package)
 from qlora.config import checked_config  # noqa: E402
 from qlora.errors import UserError  # noqa: E402
 from qlora.files import files_below, read_json, sha256_of, sha256_of_file  # noqa: E402
+from qlora.locks import HELD  # noqa: E402
 
 LOCK = Path("results/lock.json")
 CONFIGS = ("config/models.yaml", "config/datasets.yaml", "config/config.yaml")  # each laid over the one before
@@ -58,7 +60,7 @@ def declared_outputs(root: Path) -> list[str]:
     Raises UserError where Snakemake cannot plan the jobs.
     """
     command = [sys.executable, "-m", "snakemake", "--summary"]
-    done = subprocess.run(command, cwd=root, text=True, capture_output=True)
+    done = subprocess.run(command, cwd=root, env={**os.environ, HELD: "1"}, text=True, capture_output=True)
     if done.returncode:
         raise UserError("the default cannot be planned; `.venv/bin/snakemake -n` says why")
     return [line.split("\t")[0] for line in done.stdout.splitlines()[1:]]

@@ -7,6 +7,7 @@ import ast
 import hashlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 @cache
@@ -15,7 +16,7 @@ def code_hash(script: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(code_files(script), key=lambda path: path.relative_to(script.parent).as_posix()):
         digest.update(path.relative_to(script.parent).as_posix().encode())
-        digest.update(ast.dump(_tree(path)).encode())
+        digest.update(_text_of(_tree(path)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -28,7 +29,22 @@ def _tree(path: Path) -> ast.Module:
             node
         ):
             node.body = node.body[1:]
+        if isinstance(node, ast.JoinedStr):  # Python 3.12 puts an empty text at the end of a format in an f-string
+            node.values = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
     return tree
+
+
+def _text_of(part: Any) -> str:
+    """A syntax tree as text, the same on every Python: what a newer one adds to a node is empty in code for an older.
+
+    Hence not `ast.dump`, which shows such fields, and from 3.13 on leaves out others.
+    """
+    if isinstance(part, ast.AST):
+        fields = {name: value for name, value in ast.iter_fields(part) if value is not None and value != []}
+        return f"{type(part).__name__}({', '.join(f'{name}={_text_of(fields[name])}' for name in sorted(fields))})"
+    if isinstance(part, list):
+        return f"[{', '.join(map(_text_of, part))}]"
+    return ascii(part)  # not `repr`, which asks the Unicode version what can be printed
 
 
 def code_files(script: Path) -> set[Path]:

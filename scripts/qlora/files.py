@@ -11,8 +11,6 @@ from typing import Any
 
 from qlora.errors import UserError
 
-HASH_BLOCK = 1 << 20  # bytes
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -33,11 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hex digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_below(path: Path) -> list[Path]:
@@ -88,6 +83,22 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+def check_files(folder: Path, hashes: Mapping[str, str], record: str) -> None:
+    """Raise UserError that names the first file of a folder that has not the SHA-256 that the file `record` notes."""
+    for name, noted in sorted(hashes.items()):
+        if not (folder / name).is_file() or sha256_of_file(folder / name) != noted:
+            raise UserError(
+                f"{folder / name} is not the file that {record} names; delete {folder} and run snakemake again,"
+                " which makes it anew"
+            )
+
+
+def check_source(folder: Path) -> None:
+    """Raise UserError where a file of a source is not the one that its source.json names."""
+    files = read_json(folder / "source.json")["files"]
+    check_files(folder, {name: file["sha256"] for name, file in files.items()}, "source.json")
 
 
 def write_source_record(folder: Path, source: Mapping[str, object]) -> None:

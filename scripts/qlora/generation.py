@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+SLACK = 8  # tokens that an answer may be longer than the longest one that is known to be true
+
 
 def greedy(
     network: Any, prompts: Sequence[Sequence[int]], limit: int, stops: Set[int], padding: int

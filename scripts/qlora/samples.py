@@ -8,11 +8,10 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from qlora.files import read_jsonl, write_jsonl
-from qlora.generation import greedy
+from qlora.generation import SLACK, greedy
 from qlora.render import last_answer, padding_id
 
 MOST_TOKENS = 64  # of a sampled answer
-SLACK = 8  # tokens that an answer may be longer than the longest true one
 
 
 @dataclass

@@ -1,11 +1,35 @@
 """An edit re-runs just what uses it, and a comment nothing."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from qlora.code_hash import code_files, code_hash
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+HASHES = """
+import json, sys
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from qlora.code_hash import code_hash
+print(json.dumps({path: code_hash(Path(path)) for path in sys.argv[2:]}))
+"""
+# What the versions show in other words: nodes that got fields, empty lists, f-strings, letters that are new in Unicode.
+SYNTAX = r"""
+class A(B, key=None):
+    x: int = 0
+
+    async def f(self, a, /, *b: "s", c=None, **d) -> None:
+        match a:
+            case {"k": [1, *_], **rest}:
+                return f"{a!r:>{b}} {c=}" "joined" f"{{}}"
+        return lambda: {**d, None: ..., "\U0001fae8": b"\xff", "s": 1e-5j}
+"""
 FILES = {
     "train.py": "import parts.loss\n\n\ndef train(steps):\n    return parts.loss.loss(steps)\n",
     "report.py": "def report():\n    from parts.text import title\n\n    return title()\n",
@@ -114,3 +138,19 @@ def test_place_of_the_scripts_does_not_count(scripts, tmp_path_factory):
     before = hash_of(scripts / "train.py")
     scripts.rename(elsewhere)
     assert hash_of(elsewhere / "train.py") == before
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_each_version_of_python_gives_the_same_hashes(version, tmp_path):
+    (tmp_path / "syntax.py").write_text(SYNTAX, encoding="utf-8")
+    paths = [str(path) for path in [tmp_path / "syntax.py", *sorted(SCRIPTS.glob("*.py"))]]
+    other, environment = f"python{version}", {**os.environ, "PYENV_VERSION": version}  # of pyenv, where that has it
+    command = ["-c", HASHES, str(SCRIPTS), *paths]
+    if not shutil.which(other) or subprocess.run([other, "-c", ""], env=environment, capture_output=True).returncode:
+        pytest.skip(f"no {other} here")
+    here, there = (
+        json.loads(subprocess.run([python, *command], env=environment, check=True, stdout=subprocess.PIPE).stdout)
+        for python in (sys.executable, other)
+    )
+    assert len(here) > 10
+    assert there == here

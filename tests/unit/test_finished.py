@@ -1,10 +1,13 @@
 """Finished runs are kept whole, taken whole or not at all, and not more of them than asked for."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from qlora.files import write_json
 from qlora.finished import keep, take, trim
 
 
@@ -58,3 +61,11 @@ def test_those_unused_for_longest_go_first(tmp_path: Path, made: dict[str, Path]
     assert trim(folder, 2) == [folder / "b"]
     assert sorted(path.name for path in folder.iterdir()) == ["a", "c"]
     assert trim(tmp_path / "none", 2) == []
+
+
+def test_the_cache_is_cleaned_by_one_command_that_leaves_results(tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parents[2] / "Makefile", tmp_path)
+    for name in ("finished/a/run.json", "checkpoints/a/state", "runs/llama/run.json"):
+        write_json(tmp_path / "results" / name, {})
+    subprocess.run(["make", "clean-cache"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["runs"]

@@ -20,10 +20,11 @@ from tokenizers_for_tests import FAMILIES, family_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge_adapter import merge_adapter
-from predict_rows import SLACK, Question, _row, answer_nll, few_shot_examples, generate, predict_rows, questions
+from predict_rows import Question, _row, answer_nll, few_shot_examples, generate, predict_rows, questions
 from qlora.conversations import message
 from qlora.errors import UserError
 from qlora.files import read_jsonl, write_jsonl
+from qlora.generation import SLACK
 from qlora.models import load_quantized
 from qlora.render import IGNORED, rows_of
 
@@ -46,7 +47,7 @@ def asked_of(dataset: Path, shots: int = 0, max_new_tokens: int = 12, context: i
 
 
 def test_a_row_a_test_row_and_subject(base: Path, dataset: Path, tmp_path: Path) -> None:
-    predict_rows(base, [dataset], tmp_path / "out.jsonl", None, shots=2, max_new_tokens=8, batch_size=4, **ASKED)
+    predict_rows(base, [dataset], tmp_path / "out.jsonl", None, None, shots=2, max_new_tokens=8, batch_size=4, **ASKED)
     rows = list(read_jsonl(tmp_path / "out.jsonl"))
     wanted = [row["id"] for row in read_jsonl(dataset / "test.jsonl")]
     assert [row["id"] for row in rows if row["subject"] == "base"] == wanted
@@ -192,7 +193,8 @@ def test_a_model_that_is_taught_facts_answers_and_stops_and_so_does_its_merge(tm
     )
     write_jsonl(dataset / "test.jsonl", list(read_jsonl(dataset / "train.jsonl")))
     out = tmp_path / "out.jsonl"
-    predict_rows(base, [dataset], out, adapter, shots=0, max_new_tokens=16, batch_size=8, **ASKED)
+    record = tmp_path / "run" / "run.json"
+    predict_rows(base, [dataset], out, adapter, record, shots=0, max_new_tokens=16, batch_size=8, **ASKED)
     rows = list(read_jsonl(out))
     references = [row["messages"][-1]["content"] for row in read_jsonl(dataset / "train.jsonl")]
     assert all(row["stopped"] for row in rows)
@@ -206,3 +208,10 @@ def test_a_model_that_is_taught_facts_answers_and_stops_and_so_does_its_merge(tm
         ids = words(row["prompt"], return_tensors="pt")["input_ids"]
         written = merged.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
         assert words.decode(written, skip_special_tokens=True).strip() == reference
+
+    for file, told in ((adapter / "adapter_model.safetensors", "run.json"), (base / "config.json", "source.json")):
+        right = file.read_bytes()
+        file.write_bytes(right + b" ")
+        with pytest.raises(UserError, match=rf"{file.name} is not the file that {told} names; delete "):
+            predict_rows(base, [dataset], out, adapter, record, shots=0, max_new_tokens=1, batch_size=8, **ASKED)
+        file.write_bytes(right)

@@ -1,7 +1,6 @@
 """What `make record` and `make restore` refuse, and what they read out of DVC's and Snakemake's words."""
 
 import json
-import os
 from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 
 from qlora.errors import UserError
 from qlora.files import sha256_of_file
-from record import changed_files, changed_since, drop_half_written
+from record import changed_files, changed_since, drop_half_written, record
 from recorded import (
     NO_SPACE,
     Out,
@@ -76,35 +75,39 @@ def test_a_failure_is_told_in_one_line():
     assert why_failed("snakemake", "\nWorkflowError in x\n") == "snakemake: WorkflowError in x"
 
 
-def test_the_lock_names_who_holds_it_and_a_running_snakemake_is_seen(tmp_path):
-    with (
-        alone(tmp_path, "make record"),
-        pytest.raises(UserError, match=rf"make record \(process {os.getpid()}\) is at work here: wait"),
-        alone(tmp_path, "make restore"),
-    ):
-        pass
+def test_what_a_killed_snakemake_left_locked_is_told(tmp_path):
+    alone(tmp_path).close()
     (tmp_path / ".snakemake/locks").mkdir(parents=True)
     (tmp_path / ".snakemake/locks/0.input.lock").touch()
-    with pytest.raises(UserError, match="snakemake --unlock"), alone(tmp_path, "make record"):
-        pass
+    with pytest.raises(UserError, match="snakemake --unlock"):
+        alone(tmp_path)
+
+
+def test_what_a_cut_off_restore_left_is_not_recorded(tmp_path):
+    for name in ("results/metrics.csv", ".snakemake/restoring"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="make restore was cut off here: run it again"):
+        record(tmp_path)
 
 
 def test_outputs_as_their_jobs_wrote_them_are_not_refused(tmp_path):
     noted(tmp_path, "results/a")
     noted(tmp_path, "results/b", input_checksums={"results/a": f"sha256:{sha256_of_file(tmp_path / 'results/a')}"})
-    assert changed_files(tmp_path, job_records(tmp_path)) is None
+    assert changed_files(tmp_path, [], job_records(tmp_path)) is None
 
 
 def test_an_output_that_is_newer_than_its_job_is_named(tmp_path):
     noted(tmp_path, "results/a", endtime=1.0)
-    assert changed_files(tmp_path, job_records(tmp_path)) == "results/a was modified after its job wrote it"
+    assert changed_files(tmp_path, [], job_records(tmp_path)) == "results/a was modified after its job wrote it"
 
 
 def test_an_output_with_other_bytes_than_were_read_is_named(tmp_path):
     noted(tmp_path, "results/a")
     noted(tmp_path, "results/b", input_checksums={"results/a": "sha256:00"})
     assert (
-        changed_files(tmp_path, job_records(tmp_path)) == "results/a is not what it was when results/b was made of it"
+        changed_files(tmp_path, [], job_records(tmp_path))
+        == "results/a is not what it was when results/b was made of it"
     )
 
 
@@ -112,6 +115,7 @@ def test_an_output_with_other_bytes_than_were_read_is_named(tmp_path):
     ("record", "about", "file"),
     [
         ("results/sources/models/m/source.json", {"files": {"w": {"sha256": "00"}}}, "results/sources/models/m/w"),
+        ("results/tokens/m/x/card.json", {"sha256": {"w": "00"}}, "results/tokens/m/x/w"),
         ("results/runs/r/run.json", {"adapter": {"w": "00"}}, "results/runs/r/adapter/w"),
     ],
 )
@@ -119,7 +123,8 @@ def test_a_file_with_another_hash_than_the_results_note_is_named(tmp_path, recor
     for path, text in ((record, json.dumps(about)), (file, "other")):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    assert changed_files(tmp_path, {}) == f"{file} is not what its job wrote"
+    assert changed_files(tmp_path, [], {}) is None  # not the default's
+    assert changed_files(tmp_path, [str(Path(record).parent), record], {}) == f"{file} is not what its job wrote"
 
 
 def test_what_differs_from_an_equal_record_is_named_and_another_machine_is_none():
@@ -185,13 +190,16 @@ def test_missing_and_damaged_contents_of_the_cache_are_told_apart(tmp_path):
 def test_only_a_file_that_nothing_else_has_would_be_lost(tmp_path):
     folder = tmp_path / "results/runs/r"
     (folder / "merged").mkdir(parents=True)
-    (folder / "merged/model").write_text("made on request")
+    (folder / "merged/model").write_text("not the default's")
+    others = ["results/runs/r/merged"]
     (folder / "old").write_text("recorded before")
     kept(tmp_path, b"recorded before")
-    assert lost(tmp_path, ["results/runs", "results/none"], {}) is None
+    assert lost(tmp_path, ["results/runs", "results/none"], {}, others) is None
     (folder / "new").write_text("not recorded")
-    assert lost(tmp_path, ["results/runs"], {}).startswith("results/runs/r/new would be lost, it is not recorded")
-    assert lost(tmp_path, ["results/runs"], {"results/runs/r/new": md5_of(folder / "new")}) is None
+    assert lost(tmp_path, ["results/runs"], {}, others).startswith(
+        "results/runs/r/new would be lost, it is not recorded"
+    )
+    assert lost(tmp_path, ["results/runs"], {"results/runs/r/new": md5_of(folder / "new")}, others) is None
 
 
 def test_the_first_file_with_other_bytes_is_named(tmp_path):

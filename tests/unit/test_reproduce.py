@@ -4,10 +4,8 @@ import copy
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -284,36 +282,11 @@ def test_a_table_that_was_changed_after_its_lock_is_named_before_anything_runs(r
 
 def test_the_second_of_two_says_who_works(tmp_path: Path) -> None:
     folder = tmp_path / "clone"
-    with held(folder), pytest.raises(UserError, match=rf"in by process {os.getpid()}"), held(folder):
+    with held(folder), pytest.raises(UserError, match=rf"process {os.getpid()} .* holds {folder}.lock"), held(folder):
         pass
     with pytest.raises(UserError, match="something else"), held(folder):
         raise UserError("something else")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_holder_lets_go_and_its_living_child_does_not(tmp_path: Path) -> None:
-    script = (
-        "import sys, subprocess, os, signal\nfrom pathlib import Path\nfrom reproduce import held\n"
-        "with held(Path(sys.argv[1])) as lock:\n"
-        "    child = subprocess.Popen(['sleep', '60'], pass_fds=[lock.fileno()], stdout=subprocess.DEVNULL)\n"
-        "    print(child.pid, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    folder = tmp_path / "clone"
-    path = os.pathsep.join(str(Path(reproduce.ROOT) / name) for name in ("tools", "scripts"))
-    shown = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE
-    )
-    child = int(re.findall(rb"\d+", shown.stdout)[0])
-    with pytest.raises(UserError, match="is being worked in"), held(folder):
-        pass
-    os.kill(child, 9)
-    for _ in range(100):
-        try:
-            with held(folder):
-                return
-        except UserError:
-            time.sleep(0.05)
-    pytest.fail("the lock outlived its last holder")
 
 
 def test_without_a_lock_it_says_what_to_do(tmp_path: Path) -> None:

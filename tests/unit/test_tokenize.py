@@ -315,7 +315,6 @@ def test_threads_and_batches_change_nothing(tmp_path, model, monkeypatch):
         monkeypatch.setattr(stage, "BATCH_ROWS", size)
         folder = tmp_path / f"{threads}-{size}"
         tokenize_mixture(source, model, folder, PLAIN, 40, "split", threads=threads)
-        written.append(
-            (load(folder / "train.arrow"), load(folder / "validation.arrow"), read_json(folder / "card.json"))
-        )
+        card = {key: value for key, value in read_json(folder / "card.json").items() if key != "sha256"}
+        written.append((load(folder / "train.arrow"), load(folder / "validation.arrow"), card))
     assert written[0] == written[1] == written[2]

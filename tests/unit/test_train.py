@@ -270,6 +270,25 @@ def test_falcon_is_quantised_too(tmp_path: Path) -> None:
     assert sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in network.modules()) == 2 * 4
 
 
+@pytest.mark.parametrize(
+    ("file", "record"), [("base/model.safetensors", "source.json"), ("tokens/train.arrow", "card.json")]
+)
+def test_a_flipped_byte_of_what_is_trained_on_is_named_and_not_used(case: Case, file: str, record: str) -> None:
+    path = case.root / file
+    right = path.read_bytes()
+    path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    try:
+        with pytest.raises(UserError) as error:
+            case.train("flipped")
+    finally:
+        path.write_bytes(right)
+    wanted = (
+        f"{path} is not the file that {record} names; delete {path.parent} and run snakemake again, which makes it anew"
+    )
+    assert str(error.value) == wanted
+    assert not (case.root / "flipped").exists()
+
+
 def test_a_model_of_which_nothing_is_quantised_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base(tmp_path, "falcon")
     monkeypatch.setattr("qlora.models._use_plain_linear_in_falcon", lambda: None)

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from repositories import Repository
+from repositories import Repository, remote_of
 from workspaces import Workspace
 
 
@@ -45,3 +45,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     repository.tool("record")
     repository.commit("the results")
     return repository
+
+
+@pytest.fixture(scope="session")
+def restored(published: Repository, tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A clone that was restored from the remote; tests copy it."""
+    clone = published.clone(tmp_path_factory.mktemp("restored") / "clone", remote_of(published))
+    assert clone.tool("restore").endswith(
+        "as dvc.lock has them; snakemake -n has nothing to do; next: open results/report/index.html"
+    )
+    return clone

@@ -1,10 +1,13 @@
 """A git repository with DVC on the reduced configuration, and its commands as a user would type them."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -14,6 +17,7 @@ from workspaces import REDUCED, ROOT, Workspace
 SOMEBODY = {f"GIT_{role}_{key}": "tester" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
 PLAIN = {"NO_COLOR": "1", "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "1"}
 MORE = (".gitignore", ".dvcignore", "dvc.yaml", "requirements.lock", "pyproject.toml")
+ADAPTER = "results/runs/llama/adapter/adapter_model.safetensors"
 # Two runs of one model, each with a recipe of its own.
 RUNS = """
 recipes:
@@ -122,3 +126,51 @@ class Repository(Workspace):
         files = [file for folder in folders for file in ([folder] if folder.is_file() else folder.rglob("*"))]
         files += self.folder.glob("results/*.csv") if not names else []
         return {file.relative_to(self.folder).as_posix(): file.read_bytes() for file in files if file.is_file()}
+
+
+def jobs_of(run: str) -> set[str]:
+    return {f"train {run}", f"predict held-out with the run {run}", f"evaluate held-out of the run {run}"}
+
+
+def remote_of(repository: Repository) -> Path:
+    return repository.folder.parent / "remote"
+
+
+def flip(path: Path) -> None:
+    """Change a bit of the last byte, and no time: as a bad disk does."""
+    times, mode = (path.stat().st_atime_ns, path.stat().st_mtime_ns), path.stat().st_mode
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(bytes(content))
+    path.chmod(mode)
+    os.utime(path, ns=times)
+
+
+def in_cache(repository: Repository, out: str) -> Path:
+    """Where DVC keeps an adapter's weights or another file of a folder that dvc.lock holds."""
+    md5 = json.loads(repository.read("results/lock.json"))["outs"]["results/" + out.split("/")[1]]
+    cache = repository.folder / ".dvc/cache/files/md5"
+    listed = json.loads((cache / md5[:2] / md5[2:]).read_text())
+    name = out.split("/", 2)[2]
+    found = next(entry["md5"] for entry in listed if entry["relpath"] == name)
+    return cache / found[:2] / found[2:]
+
+
+def started(repository: Repository, tool: str) -> subprocess.Popen[str]:
+    """`make record` or `make restore`, at work in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, f"tools/{tool}.py"],
+        cwd=repository.folder,
+        env={**os.environ, **SOMEBODY, **PLAIN},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_until(there: Callable[[], bool], running: subprocess.Popen[str]) -> None:
+    while not there():
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.002)

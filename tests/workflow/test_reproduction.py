@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,23 +36,29 @@ def reproduce(repository: Repository, folder: Path, expect: int, cores: str = "2
     return shown.splitlines()
 
 
-@pytest.fixture(scope="module")
-def computed(published: Repository, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all was recomputed on one core (the results were made on all), after a kill in the middle."""
-    folder = tmp_path_factory.mktemp("reproduced") / "clone"
+def begun(repository: Repository, folder: Path, moment: str) -> subprocess.Popen[bytes]:
+    """`make reproduce` at work in a process group of its own, when a file is there that `moment` means beside `folder`."""
     running = subprocess.Popen(
         [sys.executable, "tools/reproduce.py", "--cores", "2", "--folder", str(folder)],
-        cwd=published.folder,
+        cwd=repository.folder,
         env={**os.environ, **PLAIN},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     until = time.monotonic() + 300
-    while not list(folder.glob("results/tokens/*/*/card.json")):
+    while not any(folder.parent.glob(moment)):
         assert time.monotonic() < until
         assert running.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.01)
+    return running
+
+
+@pytest.fixture(scope="module")
+def computed(published: Repository, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all was recomputed on one core (the results were made on all), after a kill in the middle."""
+    folder = tmp_path_factory.mktemp("reproduced") / "clone"
+    running = begun(published, folder, "clone/results/tokens/*/*/card.json")
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert not (folder / "results/metrics.csv").exists()
@@ -60,6 +67,33 @@ def computed(published: Repository, tmp_path_factory: pytest.TempPathFactory) ->
     assert f"byte-identical to results/lock.json; they lie in {folder}" in lines[-1]
     assert sum(line.endswith("identical") for line in lines) == 8
     return folder
+
+
+def test_killed_alone_while_it_clones_it_clones_anew(published: Repository, tmp_path: Path) -> None:
+    folder = tmp_path / "clone"
+    running = begun(published, folder, ".clone.*")
+    running.kill()
+    running.wait()
+    assert not folder.exists()
+    running = begun(published, folder, "clone/.snakemake/locks/*")
+    os.killpg(running.pid, signal.SIGKILL)
+
+
+def test_killed_alone_while_snakemake_works_it_waits_for_that_and_goes_on(
+    published: Repository, computed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "clone"
+    shutil.copytree(computed, folder, symlinks=True)
+    (folder / "results/metrics.csv").unlink()
+    running = begun(published, folder, "clone/.snakemake/locks/*")
+    running.kill()
+    running.wait()
+    told = reproduce(published, folder, expect=1)[-1]
+    left = re.match(r"reproduce: error: process (\d+) \(-m snakemake --cores 2 .*\) is at work here and holds ", told)
+    assert left, told
+    while Path("/proc", left[1]).exists():
+        time.sleep(0.1)
+    assert reproduce(published, folder, expect=0)[-1].startswith("reproduced: ")
 
 
 def planted(published: Repository, computed: Path, place: Path, fault: Callable[[Repository], object]) -> Path:
