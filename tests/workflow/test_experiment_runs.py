@@ -6,14 +6,16 @@ The overlay is the experiment's own; a second one takes fewer steps and shorter 
 import csv
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from experiment_data import TOPICS, stand_in_datasets, stand_in_models
+from experiment_data import TOPICS, stand_in, stand_in_datasets, stand_in_models, write_parquet
 from test_interruptions import interrupted
+from test_real_data import DATA, needs_data
 from workspaces import Workspace
 
 from qlora.files import read_json, read_jsonl
@@ -170,6 +172,37 @@ def test_open_models(workspace: Workspace) -> None:
     chats = read_json(workspace.folder / "results/datasets/guanaco-llama2-1k/card.json")
     assert chats["dropped"]["train"] == {"empty answer": 1}
     assert chats["kept"]["test"] == 0
+
+
+@needs_data
+@pytest.mark.slow
+def test_phi_2_of_the_open_models_on_real_rows(workspace: Workspace) -> None:
+    stand_in_models(workspace, "phi-2")
+    sources = workspace.folder / "sources"
+    for split in ("train", "test"):
+        write_parquet(sources / f"gsm8k/main/{split}-0.parquet", list(read_jsonl(DATA / f"gsm8k/{split}.jsonl")))
+    (sources / "guanaco-llama2-1k/data").mkdir(parents=True)
+    shutil.copy(DATA / "guanaco_llama2_1k/train.parquet", sources / "guanaco-llama2-1k/data/train-0.parquet")
+    for name in ("gsm8k", "guanaco-llama2-1k"):
+        stand_in(workspace, "datasets", name, sources / name)
+    configs = configs_of(workspace, "open-models", "open", max_steps=2, save_steps=2, samples=0)
+    alone = {
+        "runs": [{"name": "phi-2", "model": "phi-2", "mixture": "chat-and-maths", "recipe": "open"}],
+        "datasets": {"gsm8k": {"limit": {"validation": 8, "test": 8}}},
+    }
+    workspace.write("alone.yaml", yaml.safe_dump(alone))
+    workspace.snakemake("--cores", "2", configs=(*configs, "alone.yaml"))
+    cards = {
+        name: read_json(workspace.folder / f"results/datasets/{name}/card.json")
+        for name in ("gsm8k", "guanaco-llama2-1k")
+    }
+    assert cards["gsm8k"]["read"] == {"train": 7473, "validation": 0, "test": 1319}
+    assert cards["guanaco-llama2-1k"]["dropped"]["train"] == {"empty answer": 1, "has no prompt": 2}
+    results = results_of(workspace, "open-models")
+    assert ("phi-2", "gsm8k", "number_match") in metrics_of(results)
+    learned = learned_texts(workspace, f"{results}/tokens/phi-2/chat-and-maths", "phi-2")
+    assert not any("[INST]" in text or "</s>" in text for text in learned)
+    assert sum("####" in text for text in learned) > 1000
 
 
 @pytest.mark.slow
