@@ -220,7 +220,7 @@ def _that_can_be_scored(
         except UserError as error:
             if settings["unusable_rows"] == "refuse":
                 raise UserError(f"{error}; mend the row, or set datasets.{name}.unusable_rows: drop") from error
-            dropped["its SQL is no query that SQLite runs"] += 1
+            dropped["its tables or its query fail in SQLite"] += 1
         else:
             yield row
 

@@ -68,7 +68,7 @@ def test_test_rows_that_sqlite_cannot_score_are_counted_and_training_rows_stay(t
     source = folder_with(tmp_path / "source", train=train, test=rows)
     kept, card = formatted(source, **AS_SQL, unusable_rows="drop")
     assert [row["messages"][-1]["content"] for row in kept["test"]] == [SQL_ROWS["runs"]["label"]]
-    assert card["dropped"]["test"] == {"its SQL is no query that SQLite runs": 3}
+    assert card["dropped"]["test"] == {"its tables or its query fail in SQLite": 3}
     assert len(kept["train"]) == 4
 
 

@@ -220,7 +220,7 @@ def test_llama2_sql_mix_by_its_smoke_test(workspace: Workspace) -> None:
         assert (name, "synthetic-text-to-sql", "execution_accuracy") in metrics
         assert (name, "bird-sql-with-reasoning", "exact_match") in metrics
     card = read_json(workspace.folder / "results/datasets/synthetic-text-to-sql/card.json")
-    assert card["dropped"]["test"] == {"its SQL is no query that SQLite runs": 4}
+    assert card["dropped"]["test"] == {"its tables or its query fail in SQLite": 4}
     assert card["kept"] == {"test": 4, "train": card["kept"]["train"], "validation": card["kept"]["validation"]}
     asked = prompts_of(results, "tuned", "llama2-sql-mix")
     assert "[INST] CREATE TABLE paint" in asked[0]
