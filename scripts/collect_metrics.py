@@ -2,6 +2,7 @@
 
 from qlora.stage import run_stage
 
+import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,12 @@ def collect_metrics(
     write_json(nested, nested_values(records))
     write_table(comparison, COMPARISON_COLUMNS, differences)
     logged = [{"run": path.parent.name, **row} for path in training_logs for row in read_table(path)]
-    write_table(training_log, logged[0], logged)
+    write_table(training_log, ("run", *_columns(training_logs[0])), logged)  # a short run may have logged nothing
+
+
+def _columns(table: Path) -> list[str]:
+    with table.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file))
 
 
 def in_order(records: Sequence[Record]) -> list[Record]:

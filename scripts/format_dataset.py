@@ -23,6 +23,7 @@ from qlora.conversations import (
 from qlora.errors import UserError
 from qlora.files import files_below, replacing, write_json
 from qlora.readers import read_rows
+from qlora.sqlite import check_reference
 
 SPLITS = ("train", "validation", "test")
 HELD_FROM = {"validation": ("test",), "train": ("test", "validation")}  # no prompt of a split may stand in these
@@ -65,14 +66,16 @@ def format_dataset(source: Path, dataset: Path, name: str, settings: Mapping[str
             if split not in files:
                 rows["train"], rows[split] = held_out(rows["train"], split, settings["holdout"][split])
                 held[split] = len(rows[split])
+        if "column" in settings.get("database", {}):
+            _check_databases(rows["test"], settings["database"]["column"])
+        if settings["task"] == "sql":
+            rows["test"] = list(_that_can_be_scored(rows["test"], source, name, settings, dropped["test"]))
         for split, most in settings["limit"].items():
             dropped[split]["over the limit"] += max(0, len(rows[split]) - most)
             rows[split] = limited(rows[split], most)
         if not rows["train"] and not rows["test"]:
             reasons = dict(+sum(dropped.values(), Counter()))
             raise UserError(f"dataset '{name}': no row is left of {sum(read.values())} read; dropped: {reasons}")
-        if "column" in settings.get("database", {}):
-            _check_databases(rows["test"], settings["database"]["column"])
         for split in SPLITS:
             with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(row.line for row in rows[split])
@@ -202,6 +205,24 @@ def _check_databases(rows: list[Row], column: str) -> None:
     for row in map(json.loads, (row.line for row in rows)):
         if "database" not in row:
             raise UserError(f"{row['id']}: nothing in column '{column}', which the config names as database")
+
+
+def _that_can_be_scored(
+    rows: list[Row], source: Path, name: str, settings: Mapping[str, Any], dropped: Counter[str]
+) -> Iterator[Row]:
+    """The rows whose SQL gives a result in SQLite, before a model is asked; others are refused or counted."""
+    file = settings["database"].get("file")
+    for row in rows:
+        given = json.loads(row.line)
+        database = str(source / file) if file else given["database"]
+        try:
+            check_reference(given["messages"][-1]["content"], database, given["id"])
+        except UserError as error:
+            if settings["unusable_rows"] == "refuse":
+                raise UserError(f"{error}; mend the row, or set datasets.{name}.unusable_rows: drop") from error
+            dropped["its tables or its query fail in SQLite"] += 1
+        else:
+            yield row
 
 
 def _card(

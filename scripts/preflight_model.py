@@ -51,6 +51,7 @@ def preflight_model(
         check_labels(name, _probe(turns), tokenizer, form)
     system_message = _system_message(name, tokenizer, form, system, with_system)
     network = shrunken_network(model, attention)
+    check_experts(name, network)
     check_ids(name, tokenizer, stop_ids(tokenizer, form), network)
     layers = [path for path, module in network.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     modules = all_modules(network, AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
@@ -105,6 +106,14 @@ def shrunken_network(model: Path, attention: str) -> PreTrainedModel:
                 raise
             what = f"its family has no '{attention}'"
             raise _refused(name, "attention", what, f"set models.{name}.attention to eager") from error
+
+
+def check_experts(name: str, network: PreTrainedModel) -> None:
+    """Raise UserError where a parameter joins several matrices, as experts do: bitsandbytes leaves it unquantised."""
+    joined = [path for path, weight in network.named_parameters() if weight.ndim == 3 and 1 not in weight.shape]
+    if joined:
+        what = f"its experts ({joined[0]}) would stay out of 4 bits"
+        raise _refused(name, "quantisation", what, f"name a model without experts in models.{name}.source")
 
 
 def _probe(turns: int) -> list[Message]:

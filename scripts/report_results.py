@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from qlora import curves, findings
+from qlora.confusion import confusions_of
 from qlora.files import read_json, read_jsonl, replacing
 from qlora.metrics import METRICS
 from qlora.results import Record, read_table
@@ -52,6 +53,7 @@ def report_results(
         "title": title,
         "summary": findings.summary(panels),
         "panels": panels,
+        "confusions": list(confusions_of(scores)),
         "tables": list(_grouped(table)),
         "curves": drawn,
         "axes": curves.axes_of(drawn),

@@ -53,16 +53,26 @@ def same_result(gold: str, predicted: str, database: str, where: str = "a row") 
     Raises UserError, naming `where`, for a gold query or a database that does not work.
     """
     with opened(database, where) as connection:
-        try:
-            expected = rows_of(connection, gold)
-        except SQL_ERRORS as error:
-            raise UserError(f"{where}: the reference SQL fails ({error}): {gold}") from error
+        expected = _reference_rows(connection, gold, where)
         connection.set_authorizer(partial(_only_reading, REFUSED_FUNCTIONS | SLOW_FUNCTIONS - _words(gold)))
         try:
             given = rows_of(connection, predicted)
         except SQL_ERRORS:
             return False
     return same_rows(expected, given, ordered=has_top_level_order(gold))
+
+
+def check_reference(gold: str, database: str, where: str = "a row") -> None:
+    """Raise UserError, naming `where`, for a gold query or a database that does not work, as `same_result` would."""
+    with opened(database, where) as connection:
+        _reference_rows(connection, gold, where)
+
+
+def _reference_rows(connection: sqlite3.Connection, gold: str, where: str) -> list[Row]:
+    try:
+        return rows_of(connection, gold)
+    except SQL_ERRORS as error:
+        raise UserError(f"{where}: the reference SQL fails ({error}): {' '.join(gold.split())}") from error
 
 
 @contextmanager

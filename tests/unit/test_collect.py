@@ -46,6 +46,16 @@ def test_the_training_logs_are_one_table_with_a_column_for_the_run(root: Path) -
     assert joined == [{"run": run, **row} for run in sorted(logs) for row in logs[run]]
 
 
+def test_a_run_too_short_to_log_a_row_leaves_an_empty_log(root: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(root, copied)
+    for log in copied.glob("runs/*/training_log.csv"):
+        log.write_text(log.read_text().splitlines()[0] + "\n")
+    collect(copied, PARTS, tmp_path)
+    assert read_table(tmp_path / "training_log.csv") == []
+    assert (tmp_path / "training_log.csv").read_text().startswith("run,step,")
+
+
 def test_rows_stand_in_the_order_of_the_config(root: Path) -> None:
     joined = read_table(root / "metrics.csv")
     assert list(dict.fromkeys(row["dataset"] for row in joined)) == ["sql", "messages", "titles"]

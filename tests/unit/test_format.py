@@ -1,7 +1,6 @@
 """A dataset's rows are split without leaks, by content and not by place, and every row is accounted for."""
 
 import json
-import sqlite3
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -316,44 +315,6 @@ def test_no_row_disappears_uncounted(tmp_path, train, validation, test, data):
     hashes = {split: {prompt_hash(row["messages"]) for row in rows[split]} for split in SPLITS}
     assert not hashes["test"] & hashes["validation"]
     assert not hashes["train"] & (hashes["test"] | hashes["validation"])
-
-
-def test_slice_and_database_columns(tmp_path):
-    script = "CREATE TABLE t (x INTEGER); INSERT INTO t VALUES (1);"
-    rows, card = formatted(
-        put(
-            tmp_path / "notes.jsonl",
-            [
-                {"text": "a", "label": "b", "part": "hard", "db": script},
-                {"text": "c", "label": "d", "part": None, "db": script},
-            ],
-        ),
-        slice="part",
-        database={"column": "db"},
-        holdout={"validation": 0, "test": 1},
-    )
-    assert [(row["slice"], row["database"]) for row in rows["test"]] == [("hard", script), ("", script)]
-    assert card["slices"]["test"] == {"hard": 1, "all": 1}
-
-
-def test_training_rows_need_no_database(tmp_path):
-    source = folder_with(
-        tmp_path / "source", train=notes(range(3)), test=[{**notes([9])[0], "db": "CREATE TABLE t (x);"}]
-    )
-    files = {"train": "train.jsonl", "test": "test.jsonl"}
-    rows, _ = formatted(source, files=files, database={"column": "db"}, holdout={"validation": 0})
-    assert [row.get("database") for row in rows["test"] + rows["train"]] == ["CREATE TABLE t (x);", None, None, None]
-
-
-def test_database_file_is_copied_beside_the_rows(tmp_path):
-    source = folder_with(tmp_path / "source", train=notes(range(30)))
-    (source / "data").mkdir()
-    with sqlite3.connect(source / "data" / "shop.db") as connection:
-        connection.execute("CREATE TABLE t (x)")
-    rows, _ = formatted(source, files={"train": "train.jsonl"}, database={"file": "data/shop.db"})
-    place = tmp_path / "formatted" / "shop.db"
-    assert {row["database"] for split in SPLITS for row in rows[split]} == {str(place)}
-    assert place.read_bytes() == (source / "data" / "shop.db").read_bytes()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

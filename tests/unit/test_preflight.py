@@ -215,6 +215,14 @@ def test_an_attention_that_the_family_lacks_is_refused(tmp_path: Path) -> None:
         preflight(base, "gemma2", attention="sdpa")
 
 
+def test_a_family_whose_experts_stay_unquantised_is_refused(base: Path) -> None:
+    sizes = transformers.AutoConfig.from_pretrained(base).to_dict()
+    transformers.MixtralConfig(**{**sizes, "head_dim": None}).save_pretrained(base)
+    wanted = r"^models\.base: quantisation: its experts \(model\.layers\.0\..+\) would stay out of 4 bits; name a model without"
+    with pytest.raises(UserError, match=wanted):
+        preflight(base)
+
+
 def test_a_family_that_scales_its_logits_is_refused(base: Path) -> None:
     config = transformers.GraniteConfig(**transformers.AutoConfig.from_pretrained(base).to_dict(), logits_scaling=4.0)
     config.save_pretrained(base)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import BOOTSTRAP, SUITE, make_results
+from synthetic import BOOTSTRAP, MODELS, SUITE, make_results
 
 from qlora import curves, findings
 from qlora.bootstrap import Estimate
+from qlora.confusion import confusions_of
 from qlora.findings import Comparison, Line, Panel, Part, panels_of, summary
 from qlora.results import read_table
 from report_results import kind_of, report_results, shortened, shown, upright
@@ -110,6 +111,40 @@ def test_every_row_of_the_metrics_is_there(page: str, inputs: dict[str, Any]) ->
             *(f"{record['ci_low']} to {record['ci_high']}", record["n"]),
         ]
         assert "|".join(cells) in rows
+
+
+def test_the_answers_of_each_base_and_run_are_counted_by_label(page: str, inputs: dict[str, Any]) -> None:
+    section = page[page.index('id="confusion"') : page.index('id="metrics"')]
+    subjects = [
+        (model, name, subject) for model in MODELS for name, subject in ((model, "base"), (f"{model}-s1", "tuned"))
+    ]
+    shown_subjects = re.findall(r'aria-label="Confusion matrix: (.*?)"', section)
+    assert shown_subjects == [f"messages, {name}, {subject}" for _, name, subject in subjects]
+    labels = ["delivery", "login", "praise", "refund"]
+    tables = [Elements(table).rows for table in re.findall(r"<table.*?</table>", section, re.S)]
+    assert [[rows[0], [row[0] for row in rows[1:]]] for rows in tables] == [[["", *labels, "no label"], labels]] * 4
+    matrices = [[[int(cell or 0) for cell in row[1:]] for row in rows[1:]] for rows in tables]
+    records = read_table(inputs["metrics"])
+    for matrix, (model, _, subject) in zip(matrices, subjects, strict=True):
+        right, n = sum(row[place] for place, row in enumerate(matrix)), sum(map(sum, matrix))
+        accuracy = next(
+            record
+            for record in records
+            if (record["metric"], record["subject"], record["model"], record["slice"])
+            == ("accuracy", subject, model, "all")
+        )
+        assert (f"{right / n:.6g}", str(n)) == (accuracy["value"], accuracy["n"])
+    assert section.count('<td class="hit"') == 4 * 4
+
+
+def test_without_labels_there_is_no_confusion(inputs: dict[str, Any], tmp_path: Path) -> None:
+    without = []
+    for path in inputs["scores"]:
+        without.append(tmp_path / SUITE / path.parent.name / path.name)
+        without[-1].parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in path.read_text().splitlines() if '"reference"' not in line]
+        without[-1].write_text("".join(f"{line}\n" for line in kept))
+    assert list(confusions_of(without)) == []
 
 
 def test_every_mark_of_the_chart_says_its_figures_and_n(page: str, inputs: dict[str, Any]) -> None:

@@ -126,12 +126,15 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def make_base(folder: Path, family: str = "llama") -> Path:
-    """A folder like a downloaded model's: the family's own classes and tokenizer, random weights from seed 0."""
+def make_base(folder: Path, family: str = "llama", **sizes: Any) -> Path:
+    """A folder like a downloaded model's: the family's own classes and tokenizer, random weights from seed 0.
+
+    `sizes`: keys of the config that differ from the family's own here.
+    """
     words = tokenizer() if family == "llama" else family_tokenizer(family)
     made = FAMILIES[family]
     config = made.config(
-        **{**SIZES, **made.sizes},
+        **{**SIZES, **made.sizes, **sizes},
         vocab_size=64 * (max(words.get_vocab().values()) // 64 + 1),
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,

@@ -15,10 +15,12 @@ OVERLAYS = ("reduced.yaml", "long.yaml")
 ADAPTER = "results/runs/llama/adapter"
 
 
-def interrupted(workspace: Workspace, how: signal.Signals) -> str:
+def interrupted(
+    workspace: Workspace, how: signal.Signals, adapter: str = ADAPTER, configs: tuple[str, ...] = OVERLAYS
+) -> str:
     """Start training, stop it once a checkpoint is there, and give what was on the screen."""
     running = subprocess.Popen(
-        workspace.command("--cores", "2", ADAPTER, configs=OVERLAYS),
+        workspace.command("--cores", "2", adapter, configs=configs),
         cwd=workspace.folder,
         text=True,
         stdout=subprocess.PIPE,
