@@ -101,7 +101,7 @@ class HubServer:
         self.stop()
 
     def stop(self) -> None:
-        """Answer nothing any more; connections are refused."""
+        """Take no new connections; one that is kept alive goes on."""
         self._server.shutdown()
         self._server.server_close()
 

@@ -1,13 +1,12 @@
 """The loopback hub answers the hub's own client as the hub does: what is asked of it here, other tests rely on."""
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from hub_server import TOKEN, HubServer
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -15,16 +14,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    huggingface_hub.close_session()
-    with HubServer(page=2) as server:
-        yield server
-    huggingface_hub.close_session()
 
 
 def api(hub: HubServer, token: str | bool = TOKEN) -> HfApi:
@@ -55,6 +44,7 @@ def test_revisions_lead_to_commits(hub):
 
 
 def test_a_listing_comes_in_pages(hub):
+    hub.page = 2
     names = [f"{number}.json" for number in range(5)]
     hub.add("owner/name", dict.fromkeys(names, b"{}"))
     assert [file.path for file in api(hub).list_repo_tree("owner/name", recursive=True)] == names
@@ -100,8 +90,7 @@ def test_an_old_name_leads_to_the_new_one(hub):
     assert api(hub).get_hf_file_metadata(url=f"{hub.url}/owner/old/resolve/main/config.json").size == 2
 
 
-def test_faults_come_as_often_as_declared(hub, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda _: None)
+def test_faults_come_as_often_as_declared(hub):
     hub.add("owner/name", {"config.json": b"{}"})
     hub.fail("/api/models/owner/name", status=503, times=1)
     with pytest.raises(HfHubHTTPError, match="503"):
