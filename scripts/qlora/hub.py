@@ -1,6 +1,7 @@
 """What goes wrong between the hub and its client, in a line that says what to do."""
 
 import errno
+import logging
 from collections.abc import Iterator
 
 from huggingface_hub import constants
@@ -17,6 +18,7 @@ HUB_ERRORS = (HTTPError, HFValidationError, OSError)  # the client's own errors 
 TOO_MANY_REQUESTS = 429
 SERVER_ERRORS = 500  # and above
 WITHOUT_RIGHTS = (401, 403)
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs each address, and those of gated files open them
 
 
 def page_of(kind: str, repository: str) -> str:

@@ -20,19 +20,10 @@ MODEL_FILES = (
     "merges.txt",
     "vocab.txt",
 )
-# Other copies of the same weights; pickled files, which run code when they are loaded; code.
 NEVER = (
-    "*.gguf",
-    "original/*",
-    "onnx/*",
-    "*consolidated*",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.pkl",
-    "*.pickle",
-    "*.py",
+    *("*.gguf", "original/*", "onnx/*", "*consolidated*"),  # other copies of the same weights
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.py"),  # would run code when they are loaded
+    "source.json",  # the name of our own record beside the files
 )
 
 

@@ -37,6 +37,7 @@ FILES = {
     "optimizer.pt": b"pickled",
     "modeling_own.py": b"code",
     "model.gguf": b"other weights",
+    "source.json": b"not the record of the download",
     "original/consolidated.safetensors": b"more weights",
     "data/train-0.parquet": b"rows",
     "data/test-0.parquet": b"more rows",
@@ -410,5 +411,6 @@ def test_the_variables_of_the_hub_are_honoured_and_the_token_is_seen_nowhere(tmp
         assert (done.returncode == 0) == ("HF_TOKEN_PATH" in place), done.stdout
         assert TOKEN not in done.stdout
         assert "hf_wrong" not in done.stdout
+        assert "HTTP Request" not in done.stdout, "addresses of gated files open them"
     assert files_in(tmp_path / "out") == OF_MODEL | {"source.json"}
     assert list((tmp_path / "home/hub").rglob(hashlib.sha256(WEIGHTS).hexdigest()))
