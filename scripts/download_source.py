@@ -1,6 +1,6 @@
 """Stage `download`: a pinned model or dataset comes from the hub or from a local path, and is checked."""
 
-from qlora.stage import console, log, run_stage
+from qlora.stage import Progress, console, log, run_stage
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects, tqdm
 
 from qlora.errors import UserError
 from qlora.files import files_below, read_json, replacing, sha256_of, write_source_record
@@ -19,6 +19,7 @@ from qlora.pins import BRANCH, NEVER, is_commit, lock_entry, read_lock
 
 GIT_DIGITS = 40  # of a hash that git makes; a SHA-256 has 64
 READ_ONLY = 0o444
+BAR_OF_BYTES = "huggingface_hub.snapshot_download"  # what the client calls it
 
 
 def download_source(
@@ -73,6 +74,7 @@ def _snapshot(kind: str, name: str, source: Mapping[str, str], patterns: list[st
             revision=revision,
             allow_patterns=patterns,
             ignore_patterns=list(NEVER),
+            tqdm_class=_Lines,
         )
     except HUB_ERRORS as error:
         raise UserError(f"{kind}.{name}: {explained(error, kind, repository, revision)}") from error
@@ -82,6 +84,22 @@ def _snapshot(kind: str, name: str, source: Mapping[str, str], patterns: list[st
         log.warning(line)
         print(line, file=console, flush=True)
     return Path(snapshot)
+
+
+class _Lines(tqdm):
+    """The client's bars as lines on the terminal, where several jobs may write, and nothing in the job's log."""
+
+    def __init__(self, *arguments: Any, name: str | None = None, **options: Any) -> None:
+        super().__init__(*arguments, name=name, **{**options, "disable": True})
+        self.progress = Progress(0, "download", "bytes") if name == BAR_OF_BYTES else None
+        self.done = 0
+
+    def update(self, n: float | None = 1) -> None:
+        """Count what came; the total grows as further files begin."""
+        if self.progress:
+            self.done += int(n or 0)
+            self.progress.total = int(self.total)
+            self.progress.update(self.done)
 
 
 def _name_now(kind: str, repository: str) -> str:

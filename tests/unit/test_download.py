@@ -5,6 +5,7 @@ The hub here is a loopback server (tests/hub_server.py), which the hub's own cli
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from huggingface_hub import constants, file_download
 
 import download_source as module
 from download_source import download_source
+from qlora import stage
 from qlora.errors import UserError
 from qlora.files import read_json, sha256_of
 from qlora.pins import needed_files
@@ -355,6 +357,18 @@ def test_a_hub_that_fails_once_is_asked_again(tmp_path, hub):
         hub.fail(text, status=500)
     download_source(tmp_path / "out", "models", "mine", source, MODEL)
     assert files_in(tmp_path / "out") == OF_MODEL | {"source.json"}
+
+
+def test_the_bytes_that_came_are_shown_on_a_terminal(tmp_path, hub, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(stage, "console", Terminal())
+    monkeypatch.setattr(stage, "PROGRESS_SECONDS", 0.0)
+    download_source(tmp_path / "out", "models", "mine", pinned(hub, files={"model.safetensors": WEIGHTS}), MODEL)
+    last = stage.console.getvalue().splitlines()[-1]
+    assert last == "  download: 1,024,000 of 1,024,000 bytes, 0 s left"
 
 
 def test_no_network_is_told(tmp_path, hub):
