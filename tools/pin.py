@@ -83,7 +83,7 @@ def hub_items(root: Path) -> Items:
 
 def chosen(items: Items, wanted: str) -> list[tuple[str, str]]:
     """Kind and name of the sources to pin: all, or those of the wanted name. Raises UserError where there are none."""
-    everything = [(kind, name) for kind in KINDS for name in sorted(items[kind])]
+    everything = [(kind, name) for kind in KINDS for name in items[kind]]
     found = [(kind, name) for kind, name in everything if wanted in ("", name)]
     if not found:
         near = difflib.get_close_matches(wanted, [name for _, name in everything], n=1)

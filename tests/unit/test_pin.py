@@ -103,6 +103,15 @@ def test_one_name_leaves_the_others_and_asks_nothing_of_them(root, hub):
     assert not hub.asked("owner/rows")
 
 
+def test_what_the_configuration_no_longer_has_goes_when_all_are_pinned(root):
+    pin(root, "")
+    (root / "config/experiments/mine.yaml").unlink()
+    pin(root, "newest")
+    assert "rows" in yaml.safe_load((root / LOCK).read_text())["datasets"]
+    pin(root, "")
+    assert yaml.safe_load((root / LOCK).read_text())["datasets"] == {}
+
+
 def test_what_cannot_be_asked_is_named_and_keeps_what_was_known(root, hub, capsys):
     pin(root, "")
     before = yaml.safe_load((root / LOCK).read_text())
