@@ -390,16 +390,36 @@ def test_offline_without_the_files_is_told(tmp_path, hub, monkeypatch):
     assert not hub.requests
 
 
+def full_disk(repository: str, cache: Path) -> str:
+    return (
+        f"models.mine: {repository}: no space left for the hub's cache, {cache};"
+        " free some, or set HF_HOME to a folder on a larger disk, and start again"
+    )
+
+
 def test_a_full_disk_names_the_cache(tmp_path, hub, monkeypatch):
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     source = pinned(hub)
     monkeypatch.setattr(file_download, "http_get", full)
-    assert refusal(tmp_path, "models", source) == (
-        f"models.mine: {NAME}: no space left for the hub's cache, {tmp_path / 'cache'};"
-        " free some, or set HF_HOME to a folder on a larger disk, and start again"
-    )
+    assert refusal(tmp_path, "models", source) == full_disk(NAME, tmp_path / "cache")
+
+
+def test_a_small_disk_fills_and_a_larger_one_goes_on(tmp_path, hub):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(cache)], check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        source = pinned(hub)
+        assert refusal(tmp_path, "models", source) == full_disk(NAME, cache)
+        assert not list(cache.rglob("*.incomplete")), "half a file is no use"
+        subprocess.run(["mount", "-o", "remount,size=4m", str(cache)], check=True)
+        download_source(tmp_path / "out", "models", "mine", source, MODEL)
+        assert (tmp_path / "out" / "model.safetensors").stat().st_nlink == 1, "the cache is on another disk: a copy"
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
 
 
 def test_the_variables_of_the_hub_are_honoured_and_the_token_is_seen_nowhere(tmp_path, hub):
