@@ -85,7 +85,7 @@ def pin(workspace: Workspace, name: str) -> str:
 def test_runs_whole_from_the_hub(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "tools", workspace.folder / "tools")
     workspace.write(OVERLAY, yaml.safe_dump(CONFIG))
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET"):
         monkeypatch.delenv(name, raising=False)
     with HubServer() as hub:
         fill(hub, tmp_path / "upload")
