@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
   $$python -c "" >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo record restore test lint docs lock reproduce verify seeds clean-cache clean venv
+.PHONY: help demo pin record restore test lint docs lock reproduce verify seeds clean-cache clean venv
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -15,6 +15,9 @@ help: ## say what each target does
 demo: venv ## run the embedded default and say where its report is (CORES=all)
 	@$(BIN)/snakemake --cores $(CORES) --quiet host reason
 	@echo "Report: results/report/index.html"
+
+pin: venv ## find the commits of the sources on the hub, for config/sources.lock.yaml (NAME=gsm8k: of one alone)
+	@$(BIN)/python tools/pin.py $(if $(NAME),'$(NAME)')
 
 record: venv ## put the results as they are into DVC's cache and dvc.lock
 	@$(BIN)/python tools/record.py

@@ -13,6 +13,7 @@ from qlora.errors import UserError
 from qlora.files import files_below
 from qlora.finished import trim
 from qlora.locks import HELD, RESULTS_LOCK, locked
+from qlora.pins import needed_files
 
 
 def used(kind):
@@ -164,11 +165,13 @@ def datasets_of(wildcards):
     return collect("results/datasets/{dataset}", dataset=config["suites"][wildcards.suite]["datasets"])
 
 
-def hub_files_of_dataset(wildcards):
-    """Globs of the files that are needed from a hub dataset; all where the config names none."""
-    dataset = config["datasets"][wildcards.dataset]
-    needed = [*dataset.get("files", {}).values(), dataset.get("database", {}).get("file")]
-    return [name for name in needed if name] if "files" in dataset else []
+def needed_files_of(kind):
+    """A function for params: globs of the files that are needed of a source on the hub."""
+
+    def globs(wildcards):
+        return needed_files(kind, config[kind][wildcards.get(kind.removesuffix("s"))])
+
+    return globs
 
 
 def datasets_of_mixture(wildcards):

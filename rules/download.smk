@@ -12,7 +12,8 @@ rule download_model:
         kind="models",
         name="{model}",
         source=value_at("models/{model}/source", config),
-        patterns=[],
+        patterns=needed_files_of("models"),
+        lock="config/sources.lock.yaml",  # no input: a source that is here stays when another one is pinned
     log:
         "results/logs/download/model-{model}.log",
     resources:
@@ -36,7 +37,8 @@ rule download_dataset:
         kind="datasets",
         name="{dataset}",
         source=value_at("datasets/{dataset}/source", config),
-        patterns=hub_files_of_dataset,
+        patterns=needed_files_of("datasets"),
+        lock="config/sources.lock.yaml",
     log:
         "results/logs/download/dataset-{dataset}.log",
     resources:

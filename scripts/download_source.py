@@ -1,54 +1,53 @@
 """Stage `download`: a pinned model or dataset comes from the hub or from a local path, and is checked."""
 
-from qlora.stage import log, run_stage
+from qlora.stage import Progress, console, log, run_stage
 
+import hashlib
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.utils import filter_repo_objects, tqdm
 
 from qlora.errors import UserError
-from qlora.files import files_below, replacing, sha256_of, write_source_record
+from qlora.files import files_below, read_json, replacing, sha256_of, write_source_record
+from qlora.hub import HUB_ERRORS, explained
+from qlora.pins import BRANCH, NEVER, is_commit, lock_entry, read_lock
 
-MODEL_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-]
-NEVER = ["*.gguf", "original/*", "onnx/*", "*consolidated*"]
+GIT_DIGITS = 40  # of a hash that git makes; a SHA-256 has 64
+READ_ONLY = 0o444
+BAR_OF_BYTES = "huggingface_hub.snapshot_download"  # what the client calls it
 
 
-def download_source(folder: Path, kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> None:
+def download_source(
+    folder: Path, kind: str, name: str, source: Mapping[str, str], patterns: list[str], lock: Path | None = None
+) -> None:
     """Put a source's files and source.json (their SHA-256 and sizes) into `folder`.
 
     `kind` is models or datasets, `source` its entry in the config with hub and revision, or path and sha256;
-    `patterns` are globs of the files that are needed from the hub, all where the list is empty.
+    `patterns` are globs of the files that are needed from the hub. Each of these must have the hash that the hub and
+    `lock`, the file that `make pin` writes, state for it.
     """
-    if "hub" in source and "revision" not in source:
+    revision = source.get("revision", BRANCH)
+    if "hub" in source and not is_commit(revision):
         raise UserError(
-            f"config: {kind}.{name}.source: not pinned;"
-            " add 'revision:' with the commit, 40 hex digits, that is to be used"
+            f"config: {kind}.{name}.source: not pinned; run `make pin NAME={name}`, which finds the commit of"
+            f" '{revision}' on the hub, or write the commit, 40 hex digits, as its 'revision'"
         )
     with replacing(folder) as scratch:
         scratch.mkdir()
         if "hub" in source:
-            _from_hub(scratch, kind, name, source, patterns)
+            snapshot = _snapshot(kind, name, source, patterns)
+            _link(_needed(snapshot, kind, name, source, patterns), snapshot, scratch)
+            write_source_record(scratch, source)
+            locked = lock_entry(read_lock(lock), kind, name, source) if lock else None
+            _check(scratch, snapshot, f"{kind}.{name}: {source['hub']}", locked["files"] if locked else {})
         else:
             _from_path(scratch, kind, name, source)
-        write_source_record(scratch, source)
+            write_source_record(scratch, source)
 
 
 def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) -> None:
@@ -59,53 +58,128 @@ def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) ->
             f"{kind}.{name}: the SHA-256 of {path} is {found}, pinned is {pinned};"
             " bring the pinned data back, or pin the new value if the change is meant"
         )
-    _copy(files_below(path), path if path.is_dir() else path.parent, folder)
+    below = path if path.is_dir() else path.parent
+    for file in files_below(path):
+        shutil.copyfile(file, _place(file, below, folder))
 
 
-def _from_hub(folder: Path, kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> None:
+def _snapshot(kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> Path:
+    """The folder of the hub's cache in which the needed files now are; what is there already is not fetched."""
     repository, revision = source["hub"], source["revision"]
-    wanted = patterns or (MODEL_FILES if kind == "models" else ["*"])
     log.info("downloading %s at %s", repository, revision)
     try:
         snapshot = snapshot_download(
             repository,
             repo_type=kind.removesuffix("s"),
             revision=revision,
-            allow_patterns=wanted,
-            ignore_patterns=NEVER,
+            allow_patterns=patterns,
+            ignore_patterns=list(NEVER),
+            tqdm_class=_Lines,
         )
-    except GatedRepoError as error:
+    except HUB_ERRORS as error:
+        raise UserError(f"{kind}.{name}: {explained(error, kind, repository, revision)}") from error
+    now = _name_now(kind, repository)
+    if now != repository:
+        line = f"{kind}.{name}: the hub now calls {repository} {now}; write that into its source"
+        log.warning(line)
+        print(line, file=console, flush=True)
+    return Path(snapshot)
+
+
+class _Lines(tqdm):
+    """The client's bars as lines on the terminal, where several jobs may write, and nothing in the job's log."""
+
+    def __init__(self, *arguments: Any, name: str | None = None, **options: Any) -> None:
+        super().__init__(*arguments, name=name, **{**options, "disable": True})
+        self.progress = Progress(0, "download", "bytes") if name == BAR_OF_BYTES else None
+        self.done = 0
+
+    def update(self, n: float | None = 1) -> None:
+        """Count what came; the total grows as further files begin."""
+        if self.progress:
+            self.done += int(n or 0)
+            self.progress.total = int(self.total)
+            self.progress.update(self.done)
+
+
+def _name_now(kind: str, repository: str) -> str:
+    """What the hub, which redirects from old names, calls a repository; its old name where the hub is not there."""
+    try:
+        return HfApi().repo_info(repository, repo_type=kind.removesuffix("s"), expand="sha", timeout=10).id
+    except HUB_ERRORS as error:
+        log.info("not asked for the name of %s: %s", repository, error)
+        return repository
+
+
+def _needed(snapshot: Path, kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> list[Path]:
+    """The needed files of a snapshot, which may hold what something else fetched."""
+    cached = {file.relative_to(snapshot).as_posix(): file for file in files_below(snapshot)}
+    files = [cached[path] for path in filter_repo_objects(cached, allow_patterns=patterns, ignore_patterns=list(NEVER))]
+    where = f"{kind}.{name}: {source['hub']} at {source['revision']}"
+    if kind == "models" and not any(file.suffix == ".safetensors" for file in files):
         raise UserError(
-            f"{kind}.{name}: {repository} is gated; accept its terms on its page on the hub, then set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{kind}.{name}: {repository} has no commit {revision}; pin one that it has") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{kind}.{name}: {repository} is not on the hub, or private; mend the name, or set HF_TOKEN"
-        ) from error
-    except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{kind}.{name}: {repository} cannot be fetched ({reason});"
-            " is there a network, and is HF_TOKEN good? Start again to go on"
-        ) from error
-    cached = {file.relative_to(snapshot).as_posix(): file for file in files_below(Path(snapshot))}
-    files = [cached[path] for path in filter_repo_objects(cached, allow_patterns=wanted, ignore_patterns=NEVER)]
+            f"{where} has no safetensors; pickled weights run code when they are loaded and are never taken:"
+            " choose a revision or a repository that has safetensors"
+        )
     if not files:
-        raise UserError(
-            f"{kind}.{name}: {repository} at {revision} has no file like {', '.join(wanted)};"
-            " mend the source or 'files'"
-        )
-    _copy(files, Path(snapshot), folder)  # not all of the cache, which may hold what something else fetched
+        raise UserError(f"{where} has no file like {', '.join(patterns)}; mend the source or 'files'")
+    return files
 
 
-def _copy(files: Iterable[Path], source: Path, folder: Path) -> None:
-    """Copy files below `source` into `folder`, each to the same place."""
+def _link(files: Iterable[Path], snapshot: Path, folder: Path) -> None:
+    """Put files of the cache into `folder` without a second copy, or as copies where its disk is another.
+
+    A linked file is one with the cache's: it becomes read-only, so that nobody changes the cache through it.
+    """
     for file in files:
-        target = folder / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        target, blob = _place(file, snapshot, folder), file.resolve()
+        try:
+            os.link(blob, target)
+            target.chmod(READ_ONLY)
+            log.info("%s: linked to the hub's cache", target.name)
+        except OSError as error:  # another disk, a file system without links, or another user's cache
+            target.unlink(missing_ok=True)
+            shutil.copyfile(blob, target)
+            log.info("%s: copied from the hub's cache (%s)", target.name, error.strerror)
+
+
+def _place(file: Path, below: Path, folder: Path) -> Path:
+    """Where in `folder` a file goes, as it lies below another folder; makes the folders on the way."""
+    target = folder / file.relative_to(below)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _check(folder: Path, snapshot: Path, what: str, locked: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError for the first file that is not as stated, and take it out of the cache, so it is fetched anew.
+
+    The hub states a SHA-256 for large files and git's hash for others; the cache names its files by them.
+    """
+    for path, found in read_json(folder / "source.json")["files"].items():
+        cached = snapshot / path
+        named = cached.readlink().name if cached.is_symlink() else ""
+        here = (found["sha256"], _git_hash(folder / path) if len(named) == GIT_DIGITS else "", "")
+        stated = (named, locked.get(path, {}).get("sha256", ""))
+        wrong = [digest for digest in stated if digest not in here]
+        if wrong:
+            _drop(cached)
+            raise UserError(
+                f"{what}: {path} is not what it should be: its SHA-256 is {found['sha256']}, stated is {wrong[0]};"
+                " it was taken out of the hub's cache: start again, to fetch it anew"
+            )
+
+
+def _git_hash(path: Path) -> str:
+    """The hash by which git, and so the hub, names a small file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _drop(cached: Path) -> None:
+    """Take a file out of the hub's cache: the link in the snapshot, and what it leads to."""
+    blob = cached.resolve()
+    cached.unlink()
+    blob.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ import yaml
 
 from qlora.errors import UserError
 from qlora.files import sha256_of
+from qlora.pins import read_lock, with_locked_commits
 
 CHANGE_THE_BASE = ("pissa", "pissa_niter_4", "olora", "corda")  # starts of LoRA that subtract from the base
-SCHEMA = Path(__file__).parents[2] / "config" / "schema.yaml"
+CONFIG = Path(__file__).parents[2] / "config"
+SCHEMA = CONFIG / "schema.yaml"
+LOCK = CONFIG / "sources.lock.yaml"
 
 
 def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with all defaults filled in.
+    """The configuration with all defaults filled in, and the commits that `make pin` found.
 
     Raises UserError with one line that names the key and says what to do.
     """
@@ -28,6 +31,7 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     full: dict[str, Any] = _with_defaults(schema, schema, config)
     _check_sources(full)
     _check_references(full)
+    full = with_locked_commits(full, read_lock(LOCK))
     full["runs"] = [_run_with_its_recipe(schema, full, run) for run in full["runs"]]
     for name, recipe in full["recipes"].items():
         _check_recipe(f"recipes.{name}", recipe)
@@ -80,8 +84,6 @@ def _in_one_line(error: jsonschema.ValidationError, where: str) -> str:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"{place}: '{value}' is not one of {', '.join(choices)}{hint}"
-    if error.validator == "pattern" and key.endswith(".revision"):
-        return f"{place}: '{value}' is not a commit of 40 hex digits; branches and tags move, so pin the commit"
     if error.validator == "type":
         wanted = rule if isinstance(rule, str) else " or ".join(rule)
         return f"{place}: {reprlib.repr(value)} is of the wrong type; it must be {wanted}{_hint(value, wanted)}"

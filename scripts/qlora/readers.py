@@ -16,6 +16,7 @@ from qlora.errors import UserError
 
 Row = dict[str, Any]
 BATCH_ROWS = 1024
+READ_BYTES = 1 << 20  # of a column, at a time
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 ARROW_FILE = b"ARROW1"  # how Arrow's file format begins; its stream format has no such mark
 csv.field_size_limit(1 << 30)  # characters; the module's own limit of 131,072 is less than a long document
@@ -127,7 +128,7 @@ def _read_tsv(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    file = pyarrow.parquet.ParquetFile(path)
+    file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)  # else all of it is in memory
     _check_names(file.schema_arrow.names, path)
     yield from _rows_of(file.iter_batches(BATCH_ROWS), path)
 

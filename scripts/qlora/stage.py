@@ -26,6 +26,7 @@ STOP_REQUESTS = (signal.SIGINT, signal.SIGTERM)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forking after its threads exist prints a warning a call
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain HTTP is what the tests cover; docs/hub.md turns Xet on
 
 log = logging.getLogger("qlora")
 

@@ -95,12 +95,6 @@ GOLDEN = {
     ),
     "nothing below a key": ("suites", None, "config: suites: None is of the wrong type; it must be object"),
     "out of range": ("mixtures.all.max_length", 4, "config: mixtures.all.max_length: 4 is less than the minimum of 8"),
-    "branch": (
-        "models.big.source.revision",
-        "main",
-        "config: models.big.source.revision: 'main' is not a commit of 40 hex digits; "
-        "branches and tags move, so pin the commit",
-    ),
     "run of an unknown model": (
         "runs.0.model",
         "tini",

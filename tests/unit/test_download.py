@@ -1,107 +1,28 @@
-"""A source is taken only as it is pinned; what the hub answers becomes one line. The hub here is a loopback server."""
+"""A source is taken only as it is pinned, whole, once, with nothing that could run code."""
 
+import errno
 import hashlib
+import io
 import json
+import os
 import shutil
-import threading
-import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+from hub_server import TOKEN
+from hub_sources import FILES, MODEL, NAME, OF_MODEL, ROWS, WEIGHTS, files_in, pinned, refusal
 from huggingface_hub import constants
 
 from download_source import download_source
-from qlora.errors import UserError
+from qlora import stage
 from qlora.files import read_json, sha256_of
+from qlora.pins import needed_files
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-FILES = {
-    "config.json": b"{}",
-    "model.safetensors": b"weights",
-    "pytorch_model.bin": b"old weights",
-    "original/consolidated.safetensors": b"more weights",
-    "tokenizer.model": b"words",
-    "data/train-0.parquet": b"rows",
-    "data/test-0.parquet": b"more rows",
-    ".gitattributes": b"",
-}
-HUB = {"hub": "owner/name", "revision": COMMIT}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Lists and serves FILES as the hub does, or refuses with the server's `refusal`, a status and an error code."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        address = self.path.partition("?")[0]
-        server: Any = self.server
-        server.asked.append(address)
-        if server.refusal:
-            status, code = server.refusal
-            self.answer(status, b"{}", {"X-Error-Code": code} if code else {})
-        elif "/tree/" in address:
-            assert address.endswith(f"/owner/name/tree/{COMMIT}")
-            listing = [
-                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for path, content in FILES.items()
-            ]
-            self.answer(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
-        else:
-            _, _, path = address.partition(f"/resolve/{COMMIT}/")
-            etag = hashlib.sha1(FILES[path]).hexdigest()
-            self.answer(200, FILES[path], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-
-    do_HEAD = do_GET  # noqa: N815 the name that the server looks for
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments: Any) -> None:
-        """Print nothing."""
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A hub on the loopback device, which the hub's own client talks to; `asked` holds the addresses asked for."""
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.refusal, server.asked = None, []
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # as the stage does before it imports the client
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # between the client's retries
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    huggingface_hub.close_session()
-    yield server
-    huggingface_hub.close_session()
-    server.shutdown()
-    server.server_close()
-
-
-def files_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def refusal(tmp_path: Path, kind: str, source: dict[str, str], patterns: list[str]) -> str:
-    target = tmp_path / "sources" / "mine"
-    with pytest.raises(UserError) as caught:
-        download_source(target, kind, "mine", source, patterns)
-    assert not list(target.parent.glob("*")) + list(target.parent.glob(".*"))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+ROOT = Path(__file__).parents[2]
 
 
 def test_local_folder_is_copied_and_recorded(tmp_path):
@@ -128,99 +49,150 @@ def test_local_file_is_copied_into_a_folder(tmp_path):
     given.write_text("x\n1\n")
     download_source(tmp_path / "out", "datasets", "mine", {"path": str(given), "sha256": sha256_of(given)}, [])
     assert files_in(tmp_path / "out") == {"rows.csv", "source.json"}
+    assert (tmp_path / "out" / "rows.csv").stat().st_mode & 0o200, "a copy of the user's file is no file of a cache"
 
 
 @pytest.mark.parametrize("pin", [{"sha256": "0" * 64}, {}])
 def test_changed_or_unpinned_local_file_is_refused_with_both_hashes(tmp_path, pin):
     given = tmp_path / "rows.csv"
     given.write_text("x\n1\n")
-    assert refusal(tmp_path, "datasets", {"path": str(given), **pin}, []) == (
+    assert refusal(tmp_path, "datasets", {"path": str(given), **pin}) == (
         f"datasets.mine: the SHA-256 of {given} is {sha256_of(given)}, pinned is {pin.get('sha256', 'none')};"
         " bring the pinned data back, or pin the new value if the change is meant"
     )
 
 
-def test_unpinned_hub_source_is_refused_before_anything_is_asked(tmp_path, hub):
-    assert refusal(tmp_path, "models", {"hub": "owner/name"}, []) == (
-        "config: models.mine.source: not pinned; add 'revision:' with the commit, 40 hex digits, that is to be used"
+@pytest.mark.parametrize(("revision", "shown"), [({}, "main"), ({"revision": "v1"}, "v1")])
+def test_unpinned_hub_source_is_refused_before_anything_is_asked(tmp_path, hub, revision, shown):
+    assert refusal(tmp_path, "models", {"hub": NAME, **revision}) == (
+        "config: models.mine.source: not pinned; run `make pin NAME=mine`, which finds the commit of"
+        f" '{shown}' on the hub, or write the commit, 40 hex digits, as its 'revision'"
     )
-    assert not hub.asked
+    assert not hub.requests
 
 
 @pytest.mark.parametrize(
     ("kind", "patterns", "expected"),
-    [
-        ("models", [], {"config.json", "model.safetensors", "tokenizer.model"}),
-        ("datasets", ["data/train-*.parquet", "data/test-*"], {"data/train-0.parquet", "data/test-0.parquet"}),
-    ],
+    [("model", MODEL, OF_MODEL), ("dataset", ROWS, {"data/train-0.parquet", "data/test-0.parquet"})],
 )
 def test_what_is_needed_comes_from_the_hub_at_its_commit(tmp_path, hub, kind, patterns, expected):
-    download_source(tmp_path / "out", kind, "mine", HUB, patterns)
+    source = pinned(hub, kind=kind)
+    hub.add(NAME, {"config.json": b"newer"})
+    download_source(tmp_path / "out", f"{kind}s", "mine", source, patterns)
     assert files_in(tmp_path / "out") == expected | {"source.json"}
     record = read_json(tmp_path / "out" / "source.json")
-    assert record["source"] == HUB
+    assert record["source"] == source
     assert record["files"].keys() == expected
     for path in expected:
         assert not (tmp_path / "out" / path).is_symlink()
         assert (tmp_path / "out" / path).read_bytes() == FILES[path]
-    listed, *fetched = hub.asked
-    assert listed == f"/api/{kind}/owner/name/tree/{COMMIT}"
-    assert {address.partition(f"/resolve/{COMMIT}/")[2] for address in fetched} == expected, "fetched more than is used"
+    fetched = {seen.path.partition(f"/resolve/{source['revision']}/")[2] for seen in hub.asked("/resolve/")}
+    assert fetched == expected, "fetched more than is used"
 
 
-@pytest.mark.usefixtures("hub")
-def test_download_without_a_pattern_takes_all_files_of_a_dataset(tmp_path):
-    download_source(tmp_path / "out", "datasets", "mine", HUB, [])
-    assert files_in(tmp_path / "out") == FILES.keys() - {".gitattributes", "original/consolidated.safetensors"} | {
-        "source.json"
-    }
+def test_all_files_of_a_dataset_that_names_none_but_no_code_and_no_pickles(tmp_path, hub):
+    download_source(tmp_path / "out", "datasets", "mine", pinned(hub, kind="dataset"), needed_files("datasets", {}))
+    assert files_in(tmp_path / "out") == OF_MODEL | {"data/train-0.parquet", "data/test-0.parquet", "source.json"}
 
 
-def test_what_was_fetched_once_is_not_fetched_again(tmp_path, hub):
-    download_source(tmp_path / "one", "models", "mine", HUB, [])
-    asked = len(hub.asked)
+def test_a_long_listing_is_read_to_its_end(tmp_path, hub):
+    hub.page = 3
+    download_source(tmp_path / "out", "models", "mine", pinned(hub), MODEL)
+    assert files_in(tmp_path / "out") == OF_MODEL | {"source.json"}
+
+
+def test_what_was_fetched_once_is_not_fetched_again_nor_needs_a_hub(tmp_path, hub, monkeypatch):
+    source = pinned(hub)
+    download_source(tmp_path / "one", "models", "mine", source, MODEL)
+    asked = len(hub.asked("/resolve/")) + len(hub.asked("/tree/"))
     shutil.rmtree(tmp_path / "one")
-    hub.refusal = (500, "")
-    download_source(tmp_path / "two", "models", "mine", HUB, [])
-    assert len(hub.asked) == asked
+    hub.fail("/", status=500, times=100)
+    download_source(tmp_path / "two", "models", "mine", source, MODEL)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    download_source(tmp_path / "three", "models", "mine", source, MODEL)
+    assert len(hub.asked("/resolve/")) + len(hub.asked("/tree/")) == asked
+    assert files_in(tmp_path / "three") == OF_MODEL | {"source.json"}
 
 
-@pytest.mark.usefixtures("hub")
-def test_what_another_download_left_in_the_cache_is_not_taken(tmp_path):
-    huggingface_hub.snapshot_download("owner/name", revision=COMMIT)
-    download_source(tmp_path / "out", "models", "mine", HUB, [])
-    assert files_in(tmp_path / "out") == {"config.json", "model.safetensors", "tokenizer.model", "source.json"}
+def test_what_another_download_left_in_the_cache_is_not_taken(tmp_path, hub):
+    source = pinned(hub)
+    huggingface_hub.snapshot_download(NAME, revision=source["revision"])
+    download_source(tmp_path / "out", "models", "mine", source, MODEL)
+    assert files_in(tmp_path / "out") == OF_MODEL | {"source.json"}
 
 
-REFUSED = {
-    "no such repository": (404, "RepoNotFound", "is not on the hub, or private; mend the name, or set HF_TOKEN"),
-    "no such commit": (404, "RevisionNotFound", f"has no commit {COMMIT}; pin one that it has"),
-    "gated": (403, "GatedRepo", "is gated; accept its terms on its page on the hub, then set HF_TOKEN"),
-}
+def test_a_file_is_no_second_copy_and_cannot_be_written(tmp_path, hub):
+    source = pinned(hub)
+    download_source(tmp_path / "out", "models", "mine", source, MODEL)
+    weights = tmp_path / "out" / "model.safetensors"
+    (blob,) = (tmp_path / "cache").rglob(hashlib.sha256(WEIGHTS).hexdigest())
+    assert weights.samefile(blob)
+    assert weights.stat().st_mode & 0o777 == 0o444
+    shutil.rmtree(tmp_path / "out")
+    assert blob.read_bytes() == WEIGHTS, "what is removed from the results stays in the cache"
 
 
-@pytest.mark.parametrize(("status", "code", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_message_of_what_the_hub_refuses(tmp_path, hub, status, code, message):
-    hub.refusal = (status, code)
-    assert refusal(tmp_path, "models", HUB, []) == f"models.mine: owner/name {message}"
+def test_a_file_is_copied_where_the_disk_is_another(tmp_path, hub, monkeypatch, caplog):
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    caplog.set_level("INFO")
+    download_source(tmp_path / "out", "models", "mine", pinned(hub), MODEL)
+    weights = tmp_path / "out" / "model.safetensors"
+    assert weights.stat().st_nlink == 1
+    assert weights.read_bytes() == WEIGHTS
+    assert "model.safetensors: copied from the hub's cache (Invalid cross-device link)" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("status", "reason"), [(401, "401"), (500, "500 Internal Server Error"), (None, "Connection refused")]
-)
-def test_other_failures_are_told_in_the_words_of_the_client(tmp_path, hub, status, reason):
-    hub.refusal = (status, "")
-    if status is None:
-        hub.shutdown()
-        hub.server_close()
-    message = refusal(tmp_path, "models", HUB, [])
-    assert message.startswith("models.mine: owner/name cannot be fetched (")
-    assert reason in message
-    assert message.endswith("); is there a network, and is HF_TOKEN good? Start again to go on")
+def test_a_private_repository_is_read_with_a_stored_login_that_only_the_hub_sees(tmp_path, hub, monkeypatch):
+    source = pinned(hub, private=True)
+    assert "is not on the hub, or private" in refusal(tmp_path, "models", source)
+    (tmp_path / "login").write_text(TOKEN)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "login"))
+    hub.requests.clear()
+    download_source(tmp_path / "out", "models", "mine", source, MODEL)
+    assert {seen.authorization for seen in hub.asked(NAME)} == {f"Bearer {TOKEN}"}
+    assert {seen.authorization for seen in hub.asked("/objects/")} == {""}, "files lie on another host"
+    assert TOKEN not in (tmp_path / "out" / "source.json").read_text()
 
 
-@pytest.mark.usefixtures("hub")
-def test_patterns_that_match_nothing_are_told(tmp_path):
-    assert refusal(tmp_path, "datasets", HUB, ["*.csv", "*.jsonl"]) == (
-        f"datasets.mine: owner/name at {COMMIT} has no file like *.csv, *.jsonl; mend the source or 'files'"
-    )
+def test_the_bytes_that_came_are_shown_on_a_terminal(tmp_path, hub, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(stage, "console", Terminal())
+    monkeypatch.setattr(stage, "PROGRESS_SECONDS", 0.0)
+    download_source(tmp_path / "out", "models", "mine", pinned(hub, files={"model.safetensors": WEIGHTS}), MODEL)
+    last = stage.console.getvalue().splitlines()[-1]
+    assert last == "  download: 1,024,000 of 1,024,000 bytes, 0 s left"
+
+
+def test_the_variables_of_the_hub_are_honoured_and_the_token_is_seen_nowhere(tmp_path, hub):
+    source = pinned(hub, private=True)
+    (tmp_path / "token").write_text(TOKEN)
+    given = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_XET"}  # the stage sets it
+    environment = {**given, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    values: dict[str, Any] = {"folder": "out", "kind": "models", "name": "mine", "source": source, "patterns": MODEL}
+    options = [
+        part
+        for name, value in values.items()
+        for part in (f"--{name}", json.dumps(value) if name in ("source", "patterns") else value)
+    ]
+    command = [sys.executable, str(ROOT / "scripts/download_source.py"), *options]
+    for place in ({"HF_TOKEN": "hf_wrong"}, {"HF_TOKEN_PATH": str(tmp_path / "token")}):
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**environment, **place},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert (done.returncode == 0) == ("HF_TOKEN_PATH" in place), done.stdout
+        assert TOKEN not in done.stdout
+        assert "hf_wrong" not in done.stdout
+        assert "HTTP Request" not in done.stdout, "addresses of gated files open them"
+    assert files_in(tmp_path / "out") == OF_MODEL | {"source.json"}
+    assert list((tmp_path / "home/hub").rglob(hashlib.sha256(WEIGHTS).hexdigest()))

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,25 @@ def test_kind_is_told_by_the_ending_whatever_its_case(tmp_path):
     path = tmp_path / "ROWS.JSONL"
     WRITERS[".jsonl"](path)
     assert len(list(read_rows(path))) == 2
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_a_large_file_is_never_in_memory_as_a_whole(tmp_path, kind):
+    rows = [{"text": str(number), "unused": os.urandom(1000).hex()} for number in range(10_000)]
+    path = tmp_path / f"rows{kind}"
+    if kind == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=500, use_dictionary=False)
+    else:
+        header = [] if kind == ".jsonl" else ["text,unused"]
+        lines = [json.dumps(row) if kind == ".jsonl" else ",".join(row.values()) for row in rows]
+        path.write_text("\n".join([*header, *lines]))
+    assert path.stat().st_size > 10_000_000
+    del rows
+    before = pyarrow.total_allocated_bytes()
+    tracemalloc.start()
+    used = max(tracemalloc.get_traced_memory()[0] + pyarrow.total_allocated_bytes() - before for _ in read_rows(path))
+    tracemalloc.stop()
+    assert used < path.stat().st_size / 2
 
 
 def test_parquet_is_read_over_the_bounds_of_batches(tmp_path):

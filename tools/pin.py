@@ -1,0 +1,148 @@
+"""Find the commit and the files of each source on the hub, for config/sources.lock.yaml. `make pin`, `make pin NAME=X`.
+
+A source whose `revision` is a branch or a tag, or that names none (then main), takes its commit from there.
+"""
+
+import difflib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi, constants
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import filter_repo_objects
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+from qlora.errors import UserError  # noqa: E402
+from qlora.files import replacing  # noqa: E402
+from qlora.hub import HUB_ERRORS, explained  # noqa: E402
+from qlora.pins import BRANCH, NEVER, needed_files, read_lock  # noqa: E402 (scripts/ is no package)
+
+LOCK = Path("config/sources.lock.yaml")
+CONFIGS = ("config/models.yaml", "config/datasets.yaml", "config/config.yaml", "config/experiments/*.yaml")
+KINDS = ("models", "datasets")
+HEADER = """\
+# Written by `make pin`: what each source on the hub was when it was asked for. A source of the configuration that names
+# no commit takes it from here, and a file that is fetched must have the SHA-256 that stands here.
+"""
+Items = dict[str, dict[str, Mapping[str, Any]]]
+
+
+def pin(root: Path, wanted: str) -> tuple[str, bool]:
+    """Pin the sources of the configuration below `root`, or the one that is `wanted`.
+
+    Returns the line that says what was done, and whether every source could be pinned; one that could not keeps what
+    the lock held of it. Raises UserError where nothing can be done.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set, and commits can only be asked of the hub; unset it and start again")
+    before, items = read_lock(root / LOCK), hub_items(root)
+    after: Items = {kind: dict(before[kind]) if wanted else {} for kind in KINDS}
+    asked, refused = 0, 0
+    for kind, name in chosen(items, wanted):
+        asked += 1
+        try:
+            after[kind][name] = entry(kind, name, items[kind][name])
+            print(f"pin: {kind}.{name}: {after[kind][name]['asked']} is {after[kind][name]['commit']}")
+        except UserError as error:
+            refused += 1
+            print(f"pin: {error}", file=sys.stderr)
+            if name in before[kind]:
+                after[kind][name] = before[kind][name]
+    changed = [name for kind in KINDS for name in after[kind] if after[kind][name] != before[kind].get(name)]
+    with replacing(root / LOCK) as temporary:
+        temporary.write_text(HEADER + yaml.safe_dump(after, allow_unicode=True, width=120), encoding="utf-8")
+    told = f"Pinned {asked - refused} of {asked} sources in {LOCK}, new or moved: {', '.join(changed) or 'none'}"
+    mend = "mend what is refused above and run make pin again" if refused else f"git add {LOCK} && git commit"
+    return f"{told}; next: {mend}", not refused
+
+
+def hub_items(root: Path) -> Items:
+    """Models and datasets → name → entry of those from the hub, from all configurations of the repository.
+
+    Raises UserError where two files give one name to two sources.
+    """
+    items: Items = {kind: {} for kind in KINDS}
+    for path in [path for pattern in CONFIGS for path in sorted(root.glob(pattern))]:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for kind in KINDS:
+            for name, item in (config.get(kind) or {}).items():
+                if "hub" not in item.get("source", {}):
+                    continue
+                if items[kind].setdefault(name, item)["source"] != item["source"]:
+                    raise UserError(
+                        f"{path.relative_to(root)}: {kind}.{name} stands in another file with another source;"
+                        " give one of the two another name"
+                    )
+    return items
+
+
+def chosen(items: Items, wanted: str) -> list[tuple[str, str]]:
+    """Kind and name of the sources to pin: all, or those of the wanted name. Raises UserError where there are none."""
+    everything = [(kind, name) for kind in KINDS for name in items[kind]]
+    found = [(kind, name) for kind, name in everything if wanted in ("", name)]
+    if not found:
+        near = difflib.get_close_matches(wanted, [name for _, name in everything], n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "config/models.yaml and config/datasets.yaml have the names"
+        raise UserError(f"no source on the hub is called '{wanted}'; {hint}")
+    return found
+
+
+def entry(kind: str, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    """What the lock holds of a source: repository, asked revision, commit, licence as the hub states it, and files.
+
+    A file has its size in bytes, and its SHA-256 where the hub states one. Raises UserError with the reason to refuse.
+    """
+    repository, asked = item["source"]["hub"], item["source"].get("revision", BRANCH)
+    hub = HfApi()
+    try:
+        info = (hub.model_info if kind == "models" else hub.dataset_info)(repository, revision=asked)
+        tree = hub.list_repo_tree(repository, recursive=True, revision=info.sha, repo_type=kind.removesuffix("s"))
+        listing = [file for file in tree if isinstance(file, RepoFile)]
+    except HUB_ERRORS as error:
+        raise UserError(f"{kind}.{name}: {explained(error, kind, repository, asked)}") from error
+    if info.id != repository:
+        print(f"pin: {kind}.{name}: the hub now calls {repository} {info.id}; write that into its source")
+    needed = set(
+        filter_repo_objects(
+            [file.path for file in listing],
+            allow_patterns=needed_files(kind, item),
+            ignore_patterns=[*NEVER, ".*"],
+        )
+    )
+    if not needed:
+        raise UserError(
+            f"{kind}.{name}: {repository} at {asked} has no file like {', '.join(needed_files(kind, item))};"
+            " mend the source or 'files'"
+        )
+    licence = (info.card_data.get("license") if info.card_data else None) or "not stated"
+    return {
+        "hub": repository,
+        "asked": asked,
+        "commit": info.sha,
+        "licence": licence if isinstance(licence, str) else ", ".join(licence),
+        "files": {
+            file.path: {"size": file.size, **({"sha256": file.lfs.sha256} if file.lfs else {})}
+            for file in listing
+            if file.path in needed
+        },
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Pin, and print in one line what was done or why not; returns the exit status."""
+    try:
+        line, whole = pin(ROOT, arguments[0] if arguments else "")
+    except (UserError, OSError) as error:
+        print(f"pin: error: {error}", file=sys.stderr)
+        return 1
+    print(line)
+    return 0 if whole else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
