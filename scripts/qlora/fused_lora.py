@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear4bit
 from torch import Tensor, nn
 
+from qlora import fp8
 from qlora.activations import Activation, activation_of
 from qlora.nf4 import dequantized, make_room
 
@@ -24,8 +25,9 @@ GATED = {"LlamaMLP", "MistralMLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP", "Qwen2M
 class Group:
     """Layers over one input. Their adapters are kept in the dtype of the products too, see `refresh`."""
 
-    def __init__(self, modules: Sequence[Linear4bit]) -> None:
+    def __init__(self, modules: Sequence[Linear4bit], in_fp8: bool = False) -> None:
         self.modules = modules
+        self.fp8 = [fp8.Weight(module.base_layer.weight) for module in modules] if in_fp8 else None
         names = [module.active_adapters[0] for module in modules]
         self.scalings = [module.scaling[name] for module, name in zip(modules, names, strict=True)]
         self.learned_a = [module.lora_A[name].weight for module, name in zip(modules, names, strict=True)]
@@ -47,11 +49,15 @@ class Group:
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each layer's output (tokens, out) for `x` (tokens, in), and x Aᵀ of all (tokens, sum of ranks)."""
         narrow = x @ self.a.t()
+        eighth = fp8.scaled_rows(x) if self.fp8 else None
         outputs = []
         for place, (part, b) in enumerate(zip(narrow.split(self.ranks, dim=1), self.bs, strict=True)):
             bias = self.modules[place].base_layer.bias
             low = part @ b.t() if bias is None else torch.addmm(bias.to(self.dtype), part, b.t())
-            outputs.append(low.addmm_(x, self.weight(place).t()))
+            if self.fp8 and eighth:
+                outputs.append(low.add_(self.fp8[place].times(*eighth)))
+            else:
+                outputs.append(low.addmm_(x, self.weight(place).t()))
         return outputs, narrow
 
     def input_gradient(self, grads: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Tensor]:
@@ -61,7 +67,10 @@ class Group:
             return None, below
         of_x = below @ self.a
         for place, grad in enumerate(grads):
-            of_x.addmm_(grad, self.weight(place))
+            if self.fp8:
+                of_x.add_(self.fp8[place].gradient(grad))
+            else:
+                of_x.addmm_(grad, self.weight(place))
         return of_x, below
 
     def adapter_gradients(self, x: Tensor, narrow: Tensor, below: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
@@ -196,10 +205,11 @@ def why_not(module: Linear4bit) -> str | None:
     return None
 
 
-def fuse(network: PeftModel) -> str:
+def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     """Let each layer that can be computed by the functions above be so, and say in a line what was chosen and why.
 
-    Numbers change by rounding alone; disabling the adapter, or calling a layer with more than its input, goes to PEFT.
+    Numbers change by rounding alone, unless the frozen products are to be `in_fp8`. With the adapter disabled, or more
+    than its input given, a layer is computed by PEFT.
     """
     modules = {name: module for name, module in network.named_modules() if isinstance(module, Linear4bit)}
     reasons = {name: why_not(module) for name, module in modules.items()}
@@ -210,10 +220,12 @@ def fuse(network: PeftModel) -> str:
     make_room(
         [module.base_layer.weight for module in free.values()], next(iter(free.values())).base_layer.compute_dtype
     )
+    if in_fp8:
+        fp8.make_room([module.base_layer.weight for module in free.values()])
     groups: list[Group] = []
 
     def grouped(*modules: Linear4bit) -> Group:
-        groups.append(Group(modules))
+        groups.append(Group(modules, in_fp8))
         return groups[-1]
 
     gated, left = 0, dict(free)
@@ -236,7 +248,9 @@ def fuse(network: PeftModel) -> str:
         _replace(layer, [layer], partial(alone, grouped(layer)))
     network.register_forward_pre_hook(lambda *_: refresh(groups))
     rest = len(modules) - len(free)
-    return f"fused LoRA: {len(free)} layers, {gated} gated MLPs whole" + (f"; {rest} left to PEFT" if rest else "")
+    approximate = ", frozen products approximate in FP8" if in_fp8 else ""
+    left_out = f"; {rest} left to PEFT" if rest else ""
+    return f"fused LoRA: {len(free)} layers, {gated} gated MLPs whole{approximate}{left_out}"
 
 
 def _replace(module: nn.Module, layers: Sequence[Linear4bit], compute: Callable[[Tensor], Tensor]) -> None:

@@ -21,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from qlora.adapters import lora_config, loraplus_optimizer, lorentzian_penalty, start_from_rounding
 from qlora.batches import LikeLengths, PackedBatch, PaddedBatch, packs_of
 from qlora.files import read_json
+from qlora.fp8 import check_card
 from qlora.fused_lora import fuse
 from qlora.liger import use_liger
 from qlora.loss import add_supervised_loss
@@ -209,6 +210,8 @@ class Job:
 def make_trainer(job: Job) -> Trainer:
     """A trainer over the quantised base with fp32 adapters. The seed is set before the adapter exists."""
     tokenizer, settings = load_tokenizer(job.model), job.settings
+    if settings["fp8"]:
+        check_card(job.device)
     if not job.folder.is_dir():  # else it goes on from a checkpoint, and so do the curves
         shutil.rmtree(job.tensorboard, ignore_errors=True)
     writer = SummaryWriter(job.tensorboard)
@@ -245,7 +248,7 @@ def make_trainer(job: Job) -> Trainer:
         parameter.data = parameter.data.float()
     if settings["lora"]["init"] == "loftq":
         start_from_rounding(trainer.model, job.model)
-    log.info(fuse(trainer.model))
+    log.info(fuse(trainer.model, settings["fp8"]))
     reason = why_no_graph(job, taken_apart)
     log.info("step graph: %s", reason or "each shape is recorded once and replayed")
     if reason is None:

@@ -192,6 +192,12 @@ GOLDEN = {
         {"lora": {"init": "loftq"}, "quantization": {"type": "fp4"}},
         "config: recipes.short: lora.init loftq corrects what nf4 loses; set quantization.type to nf4",
     ),
+    "fp8 with dropout": (
+        "recipes.short",
+        {"fp8": True, "lora": {"dropout": 0.1}},
+        "config: recipes.short: fp8 stands in for bfloat16 products of nf4 weights, without dropout or DoRA; "
+        "set these so, or fp8: false",
+    ),
     "offload to the processor": (
         "recipes.short.cpu_offload",
         True,

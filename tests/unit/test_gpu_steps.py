@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from datasets import Dataset
 from test_fused_lora import distance
 from test_training import Bench
-from tiny_models import QUANTIZATION, SETTINGS, make_base, make_rows, make_tokens
+from tiny_models import QUANTIZATION, SETTINGS, layers_in_4_bits, make_base, make_rows, make_tokens
 
+from qlora import fp8
 from qlora.batches import PackedBatch
 from qlora.loss import TILE, add_supervised_loss
 from qlora.models import load_quantized
@@ -116,6 +118,42 @@ def test_recorded_steps_learn_as_eager_ones_do(bench: Bench) -> None:
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0][-1] < 0.5 * losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_products_in_fp8_are_those_of_rounded_rows(tmp_path: Path) -> None:
+    """Against the same rounding written in PyTorch, and near the exact product."""
+    network = load_quantized(make_base(tmp_path / "base"), HALF, "cuda", "sdpa")
+    generator = torch.Generator().manual_seed(2)
+
+    def rounded(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return (rows / scales).to(torch.float8_e4m3fn).float() * scales
+
+    def of_rows(rows: torch.Tensor) -> torch.Tensor:
+        return rounded(rows, rows.abs().amax(1, keepdim=True) / 448)
+
+    for layer in layers_in_4_bits(network):
+        weight, exact = fp8.Weight(layer.weight), dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        x = torch.randn(48, exact.shape[1], generator=generator).cuda().bfloat16()
+        grad = torch.randn(48, exact.shape[0], generator=generator).cuda().bfloat16()
+        scales = weight.scales[:, None]
+        eighth = rounded(exact, scales)
+        found = weight.times(*fp8.scaled_rows(x)).float()
+        assert distance([found], [of_rows(x.float()) @ eighth.t()]) < 0.01
+        assert distance([found], [x.float() @ exact.t()]) < 0.06
+        found = weight.gradient(grad).float()
+        assert distance([found], [of_rows(grad.float() * weight.scales) @ (eighth / scales)]) < 0.01
+        assert distance([found], [grad.float() @ exact]) < 0.06
+
+
+def test_a_recipe_in_fp8_learns_as_one_in_bfloat16(bench: Bench) -> None:
+    settings = {"quantization": HALF, "batching": "packed", "max_steps": 30, "eval_steps": None, "learning_rate": 5e-3}
+    losses = []
+    for in_fp8 in (False, True):
+        trainer = bench.trainer(**settings, fp8=in_fp8)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] != losses[0]
+    assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.2)
 
 
 def test_a_step_with_no_room_to_record_says_why(bench: Bench) -> None:

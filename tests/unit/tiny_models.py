@@ -52,6 +52,7 @@ SETTINGS: dict[str, Any] = {
     "patience": None,
     "samples": 0,
     "lorentzian": {"weight": 0.0, "gamma": 1.0},
+    "fp8": False,
     "cpu_offload": False,
 }
 INSTRUCT = {"system": "{content}\n", "user": "Instruct: {content}\nOutput:", "assistant": " {content}", "between": "\n"}
