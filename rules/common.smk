@@ -12,6 +12,7 @@ from qlora.config import check_pinned, checked_config, resolved_device, results_
 from qlora.errors import UserError
 from qlora.files import files_below
 from qlora.finished import trim
+from qlora.licences import source_of
 
 if Path(".snakemake/restoring").exists() and "RESTORING" not in os.environ:  # tools/restore.py sets both
     raise WorkflowError("make restore is at work here, or was cut off: wait for its end, or run it again")
@@ -121,9 +122,23 @@ def base_name_of(wildcards):
     return base_of(wildcards)["source"].get("hub", RUNS[wildcards.run]["model"])
 
 
-def licence_of(wildcards):
-    """The licence of a run's base model."""
-    return base_of(wildcards)["licence"]
+def licensed(models, datasets):
+    """What is told of models and datasets: where each is from, its pin and its licence."""
+    names = [*(("model", name) for name in models), *(("dataset", name) for name in datasets)]
+    return [source_of(kind, name, config[f"{kind}s"][name]) for kind, name in names]
+
+
+def sources_of(wildcards):
+    """The base and the datasets that a run is made from, with their licences."""
+    run = RUNS[wildcards.run]
+    return licensed([run["model"]], config["mixtures"][run["mixture"]]["datasets"])
+
+
+def command_of(wildcards):
+    """The command that trains a run as it is configured here."""
+    overlays = " ".join(os.path.relpath(path) for path in workflow.config_settings.configfiles)
+    overlay = f" --configfile {overlays}" if overlays else ""
+    return f".venv/bin/snakemake --cores all {RESULTS}/runs/{wildcards.run}/adapter{overlay}"
 
 
 def model_of(wildcards):
