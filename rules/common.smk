@@ -118,8 +118,8 @@ def system_of(wildcards):
 
 
 def base_name_of(wildcards):
-    """What a run's base model is called on the hub, or here where it is not from there."""
-    return base_of(wildcards)["source"].get("hub", RUNS[wildcards.run]["model"])
+    """What a run's base model is called on the hub, or its folder where it is not from there."""
+    return base_of(wildcards)["source"].get("hub", model_of(wildcards))
 
 
 def licensed(models, datasets):

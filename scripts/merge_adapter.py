@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from qlora.files import read_json, replacing, sha256_of, write_json
 from qlora.models import load_quantized
 from qlora.render import load_tokenizer
-from qlora.streamed import Weights, empty_network, merged_weights
+from qlora.streamed import Weights, empty_network, merged_weights, stored_weights
 
 SHARD = 2 * 10**9  # bytes of a file of the merged model
 M_MMAP_THRESHOLD, ONE_MIB = -3, 2**20  # of glibc's mallopt
@@ -64,7 +65,9 @@ def write_shards(weights: Weights, folder: Path, shard_bytes: int) -> None:
     total = size = 0
 
     def write() -> None:
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        file = folder / f"shard-{len(shards)}"
+        save_file(held, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # written for its owner alone
         shards.append(list(held))
         held.clear()
 
@@ -114,10 +117,8 @@ def drift(
     ids = torch.tensor([tokenizer(PROBE)["input_ids"]])
     wanted = logits(PeftModel.from_pretrained(load_quantized(model, quantization, device, attention), adapter), ids)
     gc.collect()  # the 4-bit network, whose modules refer to each other
-    whole = AutoModelForCausalLM.from_pretrained(
-        merged, dtype=torch.bfloat16, attn_implementation=attention, device_map={"": device}
-    )
-    found = logits(whole, ids)
+    whole: Any = mapped_network(merged, attention)
+    found = logits(whole.to(device), ids)
     scale = wanted.square().mean().sqrt()
     return {
         "rms": round(float((found - wanted).square().mean().sqrt() / scale), 6),
@@ -125,6 +126,16 @@ def drift(
         "same next token": round(float((found.argmax(-1) == wanted.argmax(-1)).float().mean()), 4),
         "tokens": ids.shape[1],
     }
+
+
+def mapped_network(folder: Path, attention: str) -> PreTrainedModel:
+    """The network of a folder, whose weights are its files' own pages: memory that can be given up at any time."""
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        network = AutoModelForCausalLM.from_config(config, dtype=config.dtype, attn_implementation=attention)
+    network.load_state_dict(dict(stored_weights(folder)), strict=False, assign=True)
+    network.tie_weights()
+    return network
 
 
 @torch.inference_mode()

@@ -23,10 +23,15 @@ class Subject:
 
     run: Mapping[str, Any]  # run.json
     metrics: Sequence[Record]  # of this run alone
-    base: str  # what the base is called on the hub, or here
+    base: str  # what the base is called on the hub, or its folder here
     sources: Sequence[Source]  # of the base and of the datasets
     form: Mapping[str, str] | None  # the named prompt format, None where the tokenizer's chat template renders
     command: str  # that trains it
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the base is from the hub."""
+        return "hub" in self.run["pins"]["model"]["source"]
 
     @property
     def revision(self) -> str | None:
@@ -84,9 +89,11 @@ def card(subject: Subject, address: str, merged: bool) -> str:
 
 def _metadata(subject: Subject, merged: bool) -> str:
     """The hub's metadata, as YAML in front of the card."""
-    hub = [source["address"] for source in subject.sources if source["kind"] == "dataset" and "/" in source["address"]]
+    hub = [source["hub"] for source in subject.sources if source["kind"] == "dataset" and source["hub"]]
+    relation = "merge" if merged else "adapter"
     lines = [
-        *("---", f"base_model: {subject.base}", f"base_model_relation: {'merge' if merged else 'adapter'}"),
+        "---",
+        *([f"base_model: {subject.base}", f"base_model_relation: {relation}"] if subject.on_hub else []),
         *(f"library_name: {'transformers' if merged else 'peft'}", "pipeline_tag: text-generation", "tags: [qlora]"),
         *([f"datasets: [{', '.join(hub)}]"] if hub else []),
         "---",

@@ -14,12 +14,13 @@ Source = Mapping[str, Any]
 
 
 def source_of(kind: str, name: str, entry: Mapping[str, Any]) -> dict[str, str]:
-    """What is told of a model or a dataset of the registries: its name, where it is from, its pin and its licence."""
+    """What is told of a model or a dataset of the registries: where it is from, its pin and its licence."""
     source = entry["source"]
     return {
         "kind": kind,
         "name": name,
         "address": source.get("hub") or source.get("path") or "made by this workflow",
+        "hub": source.get("hub") or "",
         "pin": source.get("revision") or source.get("sha256") or "",
         "licence": entry["licence"],
         "publishing": entry["publishing"],

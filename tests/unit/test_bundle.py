@@ -104,6 +104,14 @@ def test_the_card_of_a_merged_model_loads_without_peft(run):
     assert "rendered by the tokenizer's chat template" in text
 
 
+def test_a_base_that_is_not_from_the_hub_is_no_metadata_of_its(run):
+    local = subject(run, base="results/sources/models/base", sources=[{**SOURCES[1], "hub": ""}])
+    local.run["pins"] = {"model": {"source": {"build": {}}}}
+    text = card(local, "there", merged=False)
+    assert yaml.safe_load(text.split("---")[1]).keys() == {"library_name", "pipeline_tag", "tags"}
+    assert 'AutoModelForCausalLM.from_pretrained("results/sources/models/base", quant' in text
+
+
 def test_a_commit_that_was_changed_is_told(run):
     changed = subject(run)
     changed.run["commit"] = "c" * 40 + "-dirty"

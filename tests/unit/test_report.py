@@ -26,6 +26,7 @@ SOURCES = [
         "kind": "model",
         "name": "tiny",
         "address": "owner/tiny",
+        "hub": "owner/tiny",
         "pin": "",
         "licence": "Terms <1>",
         "publishing": "forbidden",
