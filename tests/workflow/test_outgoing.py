@@ -42,7 +42,7 @@ def test_merge_gguf_export_and_chat(finished_copy: Workspace, tmp_path: Path, mo
 
     to = tmp_path / "copies"
     for _ in range(2):  # the second one replaces the first
-        finished_copy.snakemake("export", "--cores", "2", "--config", f"to={to}")
+        finished_copy.snakemake("--config", f"to={to}", "--cores", "2", "export")
         assert (to / "llama/merged/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
         assert not (to / "mistral/merged").exists()
         assert "# mistral" in (to / "mistral/README.md").read_text()
@@ -52,7 +52,7 @@ def test_merge_gguf_export_and_chat(finished_copy: Workspace, tmp_path: Path, mo
         done = subprocess.run([sys.executable, "-c", load], cwd=finished_copy.folder, capture_output=True, text=True)
         assert "torch.Size" in done.stdout, done.stderr
     (to / "llama/README.md").write_text("mine")
-    refused = finished_copy.snakemake("export", "--cores", "2", "--config", f"to={to}", expect=1).stdout
+    refused = finished_copy.snakemake("--config", f"to={to}", "--cores", "2", "export", expect=1).stdout
     assert f"{to}/llama/README.md was changed since it was exported; move it away" in refused
     assert (to / "llama/README.md").read_text() == "mine"
 
@@ -64,14 +64,14 @@ def test_merge_gguf_export_and_chat(finished_copy: Workspace, tmp_path: Path, mo
 def test_publish_and_its_dry_run(finished_copy: Workspace, hub: HubServer) -> None:
     where = ("--config", f"publish_to={USER}/demo")
     for _ in range(2):  # shown each time
-        shown = finished_copy.snakemake("publish", "--cores", "2", *where, "publish_dry_run=True").stdout
+        shown = finished_copy.snakemake(*where, "publish_dry_run=True", "--cores", "2", "publish").stdout
         assert f"To {USER}/demo-llama (private), in one commit:" in shown
         assert "adapter_model.safetensors" in shown
     assert not hub.requests
-    finished_copy.snakemake("publish", "--cores", "2", *where)
+    finished_copy.snakemake(*where, "--cores", "2", "publish")
     card = hub.repositories[f"{USER}/demo-llama"].commits[hub.repositories[f"{USER}/demo-llama"].branches["main"]]
     assert "results/runs/llama/adapter --configfile reduced.yaml" in card["README.md"].decode()
-    again = finished_copy.snakemake("publish", "--cores", "2", *where).stdout
+    again = finished_copy.snakemake(*where, "--cores", "2", "publish").stdout
     assert "Nothing to be done" in again
     for path in (finished_copy.folder / "results").rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
