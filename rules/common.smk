@@ -146,6 +146,12 @@ def model_of(wildcards):
     return f"results/sources/models/{RUNS[wildcards.run]['model']}"
 
 
+def merged_of(wildcards):
+    """A run's merged model, where it is there or asked for."""
+    merged = f"{RESULTS}/runs/{wildcards.run}/merged"
+    return {"merged": merged} if config["merged"] or Path(merged).exists() else {}
+
+
 def preflight_of(wildcards):
     """What the preflight of a run's base model found."""
     return f"{RESULTS}/preflight/{RUNS[wildcards.run]['model']}.json"

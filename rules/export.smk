@@ -3,12 +3,6 @@
 import time
 
 
-def merged_of(wildcards):
-    """A run's merged model, where it is there or asked for."""
-    merged = f"{RESULTS}/runs/{wildcards.run}/merged"
-    return {"merged": merged} if config["merged"] or Path(merged).exists() else {}
-
-
 rule export_run:
     input:
         unpack(merged_of),
