@@ -6,7 +6,7 @@
         ...
         assert hub.requests[0].method == "HEAD"
 
-Large files are kept as LFS objects, which a redirect leads to under another host name (`localhost`), as on the hub, so
+Large files (LFS_ENDINGS) are objects that a redirect leads to under another host name, `localhost`, as on the hub, so
 that a test sees where a token goes. A token opens everything but gated repositories whose terms it has not accepted.
 """
 
@@ -23,7 +23,6 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 TOKEN = "hf_tokenThatTheLoopbackHubKnows"
 USER = "owner"
 LFS_ENDINGS = (".safetensors", ".bin", ".pt", ".parquet", ".arrow", ".gguf", ".model", ".gz", ".zst")
-LFS_BYTES = 10_000_000  # from this size on, any file is an LFS object
 KINDS = {"models": "model", "datasets": "dataset"}
 
 
@@ -101,7 +100,7 @@ class HubServer:
         self.stop()
 
     def stop(self) -> None:
-        """Answer nothing any more; connections are refused."""
+        """Take no new connections; one that is kept alive goes on."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -141,7 +140,7 @@ class HubServer:
 
 
 def _is_lfs(path: str, size: int) -> bool:
-    return size > 0 and (path.endswith(LFS_ENDINGS) or size >= LFS_BYTES)
+    return size > 0 and path.endswith(LFS_ENDINGS)
 
 
 def _sha256(content: bytes) -> str:
@@ -166,7 +165,7 @@ def _entry(path: str, content: bytes) -> dict[str, Any]:
     """A file as a listing shows it."""
     entry = {"type": "file", "path": path, "size": len(content), "oid": _git_hash(content)}
     lfs = {"oid": _sha256(content), "size": len(content), "pointerSize": 134}
-    return {**entry, "lfs": lfs} if _is_lfs(path, len(content)) else entry
+    return {**entry, "lfs": lfs, "xetHash": lfs["oid"]} if _is_lfs(path, len(content)) else entry
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -333,8 +332,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(content, headers={**headers, "ETag": f'"{_git_hash(content)}"'})
         oid = _sha256(content)
         place = f"{self.hub.storage}/objects/{oid}?name={quote(path)}"
-        linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{oid}"', "Location": place}
-        return self._answer(b"", 302, {**headers, **linked})
+        headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{oid}"', "Location": place}
+        headers |= {"X-Xet-Hash": oid, "Link": f'<{self.hub.url}/api/xet-token>; rel="xet-auth"'}
+        return self._answer(b"", 302, headers)
 
     def _object(self, oid: str) -> None:
         """Give or take an LFS object."""
