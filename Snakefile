@@ -22,7 +22,9 @@ include: "rules/predict.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
 include: "rules/merge.smk"
+include: "rules/gguf.smk"
 include: "rules/publish.smk"
+include: "rules/export.smk"
 
 
 localrules:

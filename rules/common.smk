@@ -12,6 +12,7 @@ from qlora.config import check_pinned, checked_config, resolved_device, results_
 from qlora.errors import UserError
 from qlora.files import files_below
 from qlora.finished import trim
+from qlora.licences import source_of
 from qlora.locks import HELD, RESULTS_LOCK, locked
 from qlora.pins import needed_files
 
@@ -120,18 +121,38 @@ def system_of(wildcards):
 
 
 def base_name_of(wildcards):
-    """What a run's base model is called on the hub, or here where it is not from there."""
-    return base_of(wildcards)["source"].get("hub", RUNS[wildcards.run]["model"])
+    """What a run's base model is called on the hub, or its folder where it is not from there."""
+    return base_of(wildcards)["source"].get("hub", model_of(wildcards))
 
 
-def licence_of(wildcards):
-    """The licence of a run's base model."""
-    return base_of(wildcards)["licence"]
+def licensed(models, datasets):
+    """What is told of models and datasets: where each is from, its pin and its licence."""
+    names = [*(("model", name) for name in models), *(("dataset", name) for name in datasets)]
+    return [source_of(kind, name, config[f"{kind}s"][name]) for kind, name in names]
+
+
+def sources_of(wildcards):
+    """The base and the datasets that a run is made from, with their licences."""
+    run = RUNS[wildcards.run]
+    return licensed([run["model"]], config["mixtures"][run["mixture"]]["datasets"])
+
+
+def command_of(wildcards):
+    """The command that trains a run as it is configured here."""
+    overlays = " ".join(os.path.relpath(path) for path in workflow.config_settings.configfiles)
+    overlay = f" --configfile {overlays}" if overlays else ""
+    return f".venv/bin/snakemake --cores all {RESULTS}/runs/{wildcards.run}/adapter{overlay}"
 
 
 def model_of(wildcards):
     """Folder of the base model of a run."""
     return f"results/sources/models/{RUNS[wildcards.run]['model']}"
+
+
+def merged_of(wildcards):
+    """A run's merged model, where it is there or asked for."""
+    merged = f"{RESULTS}/runs/{wildcards.run}/merged"
+    return {"merged": merged} if config["merged"] or Path(merged).exists() else {}
 
 
 def preflight_of(wildcards):

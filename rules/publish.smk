@@ -1,20 +1,31 @@
-# On request (`snakemake publish --config publish_to=owner/name`). In: a run's adapter, its record, its metrics. Out: a receipt.
+# On request (`snakemake publish --config publish_to=owner/name`). In: a run's adapter or merged model, its record, its metrics.
+# Out: a receipt with the commit; with publish_dry_run=true what would be sent.
+import time
+
 PUBLISH_TO = config["publish_to"]
+DRY_RUN = config["publish_dry_run"]
+WHAT = "merged" if config["merged"] else "adapter"
+SENT_AS = f"{PUBLISH_TO}-{{run}}-merged" if config["merged"] else f"{PUBLISH_TO}-{{run}}"
 
 
 rule publish_run:
     input:
-        adapter=f"{RESULTS}/runs/{{run}}/adapter",
+        weights=f"{RESULTS}/runs/{{run}}/{WHAT}",
+        model=model_of,
         record=f"{RESULTS}/runs/{{run}}/run.json",
         metrics=f"{RESULTS}/metrics.csv",
     output:
-        receipt=f"{RESULTS}/runs/{{run}}/published.json",
+        receipt=f"{RESULTS}/runs/{{run}}/{'preview.txt' if DRY_RUN else f'published-{WHAT}.json'}",
     params:
         code=code_of("publish_adapter.py"),
-        repository=f"{PUBLISH_TO}-{{run}}" if PUBLISH_TO else "",
+        repository=SENT_AS if PUBLISH_TO else "",
         base=base_name_of,
-        licence=licence_of,
-        private=True,
+        sources=sources_of,
+        form=form_of,
+        command=command_of,
+        private=config["publish_private"],
+        dry_run=DRY_RUN,
+        asked=time.time() if DRY_RUN else None,  # a dry run is shown each time it is asked for
     log:
         f"{RESULTS}/logs/publish/{{run}}.log",
     resources:
@@ -30,4 +41,4 @@ rule publish_run:
 
 rule publish:
     input:
-        collect(f"{RESULTS}/runs/{{run}}/published.json", run=RUNS),
+        collect(rules.publish_run.output.receipt, run=RUNS),

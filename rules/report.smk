@@ -21,6 +21,7 @@ rule report:
         code=code_of("report_results.py"),
         title=config["title"],
         bootstraps=BOOTSTRAPS,
+        sources=licensed(used("models"), used("datasets")),
     log:
         f"{RESULTS}/logs/report.log",
     resources:

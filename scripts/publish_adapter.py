@@ -1,67 +1,100 @@
-"""Stage `publish`, on request: a run's adapter, with a card of its results, goes to a repository on the hub."""
+"""Stage `publish`, on request: a run's adapter or merged model, with a card of its results, goes to the hub."""
 
-from qlora.stage import log, run_stage
+from qlora.stage import console, log, run_stage
 
-import csv
-import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
+from qlora.bundle import Files, bundle, size_of, subject_of
 from qlora.errors import UserError
-from qlora.files import read_json, write_json
+from qlora.files import replacing, write_json
+from qlora.licences import objections
+
+NO_TOKEN = "no token; log in with `hf auth login`, or set HF_TOKEN to a token with write access"
+REFUSALS = {  # status → what it means, and what to do
+    401: "the hub does not know the token; log in anew with `hf auth login`, or mend HF_TOKEN",
+    403: "the token may not write there; take one with write access, or a publish_to that is yours",
+    404: "not found, though it was just made; look at publish_to, and try again",
+    409: "it was changed meanwhile; try again",
+    412: "it was changed meanwhile; try again",
+}
 
 
 def publish_adapter(
-    adapter: Path, record: Path, metrics: Path, receipt: Path, repository: str, base: str, licence: str, private: bool
+    weights: Path,
+    model: Path,
+    record: Path,
+    metrics: Path,
+    receipt: Path,
+    repository: str,
+    base: str,
+    sources: list[dict[str, str]],
+    form: Mapping[str, str] | None,
+    command: str,
+    private: bool,
+    dry_run: bool,
 ) -> None:
-    """Upload an adapter and its card in one commit, and write the commit's address into `receipt`.
+    """Send an adapter or a merged model, its tokenizer, card and record in one commit; `receipt` names the commit.
 
-    `repository` is owner/name; the token is taken from the environment or a stored login by the hub's own client.
+    `repository` is owner/name; the token is taken from the environment or a stored login by the hub's own client. With
+    `dry_run` nothing is asked of the hub, and the receipt is what would be sent: files, sizes in bytes, and the card.
     """
     if not repository:
         raise UserError("publish: say where to with --config publish_to=owner/name")
-    run = read_json(record)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "upload"
-        shutil.copytree(adapter, folder)
-        pointing = {"base_model_name_or_path": base, "revision": run["pins"]["model"]["source"].get("revision")}
-        write_json(folder / "adapter_config.json", {**read_json(folder / "adapter_config.json"), **pointing})
-        (folder / "README.md").write_text(card(run, metrics, base, licence), encoding="utf-8")
-        write_json(folder / "run.json", run)
-        api = HfApi()
-        try:
-            api.create_repo(repository, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repository, folder_path=folder, commit_message=f"Add adapter of run {run['name']}"
-            )
-        except (HTTPError, ConnectionError) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise UserError(f"publish: {repository}: {reason}; is HF_TOKEN set, and may it write there?") from error
-    write_json(receipt, {"repository": repository, "commit": commit.oid})
-    log.info("published as %s at %s", repository, commit.oid)
+    subject = subject_of(record, metrics, base, sources, form, command)
+    files = bundle(weights, model, subject, repository)
+    for line in objections(sources):
+        log.warning("licence: %s", line)
+        console.write(f"publish: licence: {line}\n")
+    if dry_run:
+        text = preview(files, repository, private)
+        with replacing(receipt) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        console.write(text)
+        return
+    commit = send(files, repository, private, f"Add run {subject.run['name']}")
+    sizes = {name: size_of(content) for name, content in files.items()}
+    write_json(receipt, {"repository": repository, "commit": commit, "private": private, "files": sizes})
+    log.info("published as %s at %s", repository, commit)
 
 
-def card(run: dict[str, Any], metrics: Path, base: str, licence: str) -> str:
-    """The model card: base, recipe and results with intervals, as Markdown with the hub's metadata in front."""
-    with metrics.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["run"] == run["name"]]
-    lines = [
-        f"---\nbase_model: {base}\nlibrary_name: peft\n---",
-        f"# {run['name']}\n",
-        f"A QLoRA adapter for `{base}`: mixture {run['mixture']}, recipe {run['recipe']},"
-        f" seed {run['seed']}, {run['steps']} steps. Licence of the base: {licence}.\n",
-        "| test set | slice | metric | value | interval | n |\n|---|---|---|---|---|---|",
-        *(
-            f"| {row['dataset']} | {row['slice']} | {row['metric']} | {float(row['value']):.3f}"
-            f" | {float(row['ci_low']):.3f} to {float(row['ci_high']):.3f} | {row['n']} |"
-            for row in rows
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+def preview(files: Files, repository: str, private: bool) -> str:
+    """What would be sent: each file with its size in bytes, and the card."""
+    kind = "private" if private else "public"
+    lines = [f"{size_of(content):>15,}  {name}" for name, content in sorted(files.items())]
+    card = files["README.md"]
+    assert isinstance(card, bytes)
+    return "\n".join([f"To {repository} ({kind}), in one commit:", *lines, "", "README.md:", "", card.decode()])
+
+
+def send(files: Files, repository: str, private: bool, message: str) -> str:
+    """Put files into a repository, made where there is none, in one commit, and return its id.
+
+    Raises UserError where the hub refuses, or where somebody else's commit came in between.
+    """
+    api = HfApi()
+    if get_token() is None:
+        raise UserError(f"publish: {repository}: {NO_TOKEN}")
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        parent = api.model_info(repository).sha
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        return api.create_commit(repository, operations, commit_message=message, parent_commit=parent).oid
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise UserError(f"publish: {repository}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why the hub did not take it, and what to do, in a line."""
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in REFUSALS:
+        return REFUSALS[error.response.status_code]
+    first = str(error).partition("\n")[0] or type(error).__name__
+    if isinstance(error, HFValidationError):
+        return f"{first}; publish_to is owner/name"
+    return f"{first}; nothing was published, try again: what was sent is not sent twice"
 
 
 if __name__ == "__main__":

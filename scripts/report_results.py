@@ -12,6 +12,7 @@ import jinja2
 from qlora import curves, findings
 from qlora.confusion import confusions_of
 from qlora.files import read_json, read_jsonl, replacing
+from qlora.licences import TOLD, objections
 from qlora.metrics import METRICS
 from qlora.results import Record, read_table
 
@@ -31,6 +32,7 @@ def report_results(
     training_logs: list[Path],
     templates: list[Path],
     bootstraps: dict[str, dict[str, Any]],
+    sources: list[dict[str, str]],
     title: str,
     examples: int = 2,
     seed: int = 0,
@@ -44,6 +46,7 @@ def report_results(
     records, training_logs: run.json and training_log.csv of each run, in the same order; runs/{run}/….
     templates: the page's template, and what it includes, in one folder.
     bootstraps: samples, seed and level of the intervals by suite.
+    sources: the base models and the datasets, with their licences.
     examples, seed: how many rows of each dataset and slice are shown, and the seed of their choice.
     """
     table, differences = read_table(metrics), read_table(comparison)
@@ -60,6 +63,8 @@ def report_results(
         "examples": list(chosen_examples(predictions, scores, datasets, table, examples, seed)),
         "example_rule": {"count": examples, "seed": seed},
         "cards": [*_cards("dataset", datasets), *_cards("mixture", mixtures)],
+        "sources": sources,
+        "objections": list(objections(sources)),
         "runs": [path.parent.name for path in records],
         "provenance": list(provenance([read_json(path) for path in records])),
         "identity": IDENTITY,
@@ -79,7 +84,7 @@ def environment(folder: Path) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals.update(subjects=findings.SUBJECT_NAMES, placed=curves.placed)
+    made.globals.update(subjects=findings.SUBJECT_NAMES, placed=curves.placed, told=TOLD)
     made.filters.update(
         metric=findings.metric_name,
         interval=findings.interval_text,

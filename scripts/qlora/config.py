@@ -94,6 +94,8 @@ def _hint(value: Any, wanted: str) -> str:
     """A hint where YAML's own rules made `value` another type than its look promises."""
     if isinstance(value, str) and "number" in wanted and re.fullmatch(r"[\d.]+[eE][+-]?\d+", value):
         return "; in YAML a number with an exponent has a point and a sign, as in 5.0e-3"
+    if wanted == "boolean" and str(value).lower() in ("true", "false"):
+        return f"; on Snakemake's command line it is {str(value).capitalize()}"
     if isinstance(value, bool | int | float) and wanted == "string":
         return "; put it in quotes"
     return ""

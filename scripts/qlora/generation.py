@@ -4,16 +4,23 @@ from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 SLACK = 8  # tokens that an answer may be longer than the longest one that is known to be true
 
 
 def greedy(
-    network: Any, prompts: Sequence[Sequence[int]], limit: int, stops: Set[int], padding: int
+    network: Any,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    stops: Set[int],
+    padding: int,
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, at most `limit` tokens, up to and with its first stop token.
 
     Prompts are padded on the left to the longest; `padding` may be any id, since the mask decides.
+    A `streamer` is told each token of a single prompt's answer as it is found.
     """
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), padding)
@@ -34,6 +41,7 @@ def greedy(
             use_cache=True,
             eos_token_id=sorted(stops),
             pad_token_id=padding,
+            streamer=streamer,
         )
     answers = []
     for answer in written[:, width:].tolist():

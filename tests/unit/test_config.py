@@ -72,6 +72,11 @@ GOLDEN = {
         "eight",
         "config: recipes.short.batch_size: 'eight' is of the wrong type; it must be integer",
     ),
+    "truth from Snakemake's command line": (
+        "merged",
+        "true",
+        "config: merged: 'true' is of the wrong type; it must be boolean; on Snakemake's command line it is True",
+    ),
     "wrong type, one of two": (
         "recipes.short.max_steps",
         "many",

@@ -1,113 +1,180 @@
-"""What goes to the hub with an adapter: a card of its results, its record, and nothing from another run."""
+"""Publishing, by the hub's own client, to a hub on the loopback device: one commit, or one line that says why not."""
 
-import csv
-import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
+from hub_server import TOKEN, USER, HubServer
+from huggingface_hub import constants
+from outgoing import MODEL, SOURCES, make_run
 
-from publish_adapter import card, publish_adapter
+import publish_adapter as stage
+from publish_adapter import publish_adapter
 from qlora.errors import UserError
-from qlora.files import read_json, write_json
-from qlora.results import METRIC_COLUMNS
+from qlora.files import read_json
 
-PINS = {"model": {"source": {"hub": "owner/base", "revision": "a" * 40}}}
-RUN = {"name": "llama", "mixture": "all", "recipe": "tiny", "seed": 1, "steps": 900, "pins": PINS}
-CARD = """\
----
-base_model: owner/base
-library_name: peft
----
-# llama
-
-A QLoRA adapter for `owner/base`: mixture all, recipe tiny, seed 1, 900 steps. Licence of the base: MIT.
-
-| test set | slice | metric | value | interval | n |
-|---|---|---|---|---|---|
-| notes | all | accuracy | 0.812 | 0.750 to 0.874 | 200 |
-| notes | hard | loss | 1.500 | 1.000 to 2.000 | 50 |
-"""
-
-
-def metrics_row(**values: Any) -> dict[str, Any]:
-    known = {"model": "base", "subject": "tuned", "suite": "held-out", "dataset": "notes"}
-    return dict.fromkeys(METRIC_COLUMNS, "") | known | values
+NAME = f"{USER}/llama"
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> dict[str, Path]:
-    """The inputs of the stage as earlier stages leave them, and its output."""
-    with (tmp_path / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, METRIC_COLUMNS)
-        writer.writeheader()
-        writer.writerows(
-            [
-                metrics_row(run="", slice="all", metric="accuracy", value=0.1, ci_low=0, ci_high=0.2, n=200),
-                metrics_row(
-                    run="llama", slice="all", metric="accuracy", value=0.8123, ci_low=0.75, ci_high=0.874, n=200
-                ),
-                metrics_row(run="llama", slice="hard", metric="loss", value=1.5, ci_low=1, ci_high=2, n=50),
-                metrics_row(run="mistral", slice="all", metric="accuracy", value=0.9, ci_low=0.8, ci_high=1, n=200),
-            ]
-        )
-    write_json(tmp_path / "run.json", RUN)
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-    write_json(tmp_path / "adapter" / "adapter_config.json", {"base_model_name_or_path": "results/sources/models/base"})
-    (tmp_path / "adapter" / "README.md").write_text("what a library wrote")
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A hub, and a client that is logged in there."""
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> dict[str, Any]:
+    """The arguments of the stage but for where to."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    make_run(folder)
     return {
-        "adapter": tmp_path / "adapter",
-        "record": tmp_path / "run.json",
-        "metrics": tmp_path / "metrics.csv",
-        "receipt": tmp_path / "published.json",
+        **{"weights": folder / "adapter", "model": folder / MODEL, "record": folder / "run.json"},
+        **{"metrics": folder / "metrics.csv", "receipt": folder / "published.json", "base": "owner/base"},
+        **{"sources": SOURCES, "form": None, "command": "snakemake", "private": True, "dry_run": False},
     }
 
 
-def test_card_tells_base_recipe_and_the_results_of_this_run_alone(run):
-    assert card(RUN, run["metrics"], "owner/base", "MIT") == CARD
-
-
-def test_adapter_card_and_record_go_up_in_one_commit(run, monkeypatch):
-    calls: list[Any] = []
-
-    def create_repo(_: HfApi, name: str, private: bool, exist_ok: bool) -> None:
-        calls.append((name, private, exist_ok))
-
-    def upload_folder(_: HfApi, repo_id: str, folder_path: Path, commit_message: str) -> Any:
-        files = {path.name: path.read_text() for path in folder_path.iterdir()}
-        calls.append((repo_id, files, commit_message))
-        return SimpleNamespace(oid="c" * 40)
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    before = {path.name for path in run["adapter"].parent.iterdir()}
-    publish_adapter(**run, repository="owner/llama", base="owner/base", licence="MIT", private=True)
-    created, (repository, files, message) = calls
-    assert created == ("owner/llama", True, True)
-    assert repository == "owner/llama"
-    assert message == "Add adapter of run llama"
-    assert files.keys() == {"adapter_model.safetensors", "adapter_config.json", "README.md", "run.json"}
-    assert json.loads(files["adapter_config.json"]) == {"base_model_name_or_path": "owner/base", "revision": "a" * 40}
-    assert files["README.md"] == CARD
-    assert read_json(run["receipt"]) == {"repository": "owner/llama", "commit": "c" * 40}
-    assert {path.name for path in run["adapter"].parent.iterdir()} == before | {"published.json"}
-
-
-def test_refusal_of_the_hub_is_one_line_and_leaves_no_receipt(run, monkeypatch):
-    def refuse(*_: Any, **__: Any) -> None:
-        raise HTTPError("401 Unauthorized\nmore of it")
-
-    monkeypatch.setattr(HfApi, "create_repo", refuse)
+def refused(run: dict[str, Any], repository: str = NAME) -> str:
     with pytest.raises(UserError) as caught:
-        publish_adapter(**run, repository="owner/llama", base="owner/base", licence="MIT", private=True)
-    assert str(caught.value) == ("publish: owner/llama: 401 Unauthorized; is HF_TOKEN set, and may it write there?")
+        publish_adapter(**run, repository=repository)
+    assert "\n" not in str(caught.value)
+    assert TOKEN not in str(caught.value)
     assert not run["receipt"].exists()
+    return str(caught.value)
 
 
-def test_missing_repository_is_told_before_anything_is_asked(run):
-    with pytest.raises(UserError, match=r"^publish: say where to with --config publish_to=owner/name$"):
-        publish_adapter(**run, repository="", base="owner/base", licence="MIT", private=True)
+def test_adapter_tokenizer_card_and_record_arrive_in_one_commit_in_a_private_repository(hub, run):
+    publish_adapter(**run, repository=NAME)
+    repository = hub.repositories[NAME]
+    assert repository.private
+    assert len(repository.commits) == 2  # the empty one that a new repository begins with
+    commit = repository.branches["main"]
+    files = repository.commits[commit]
+    assert files["adapter_model.safetensors"] == b"weights"  # by LFS
+    assert sorted(files) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "run.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ]
+    assert f'PeftModel.from_pretrained(base, "{NAME}")' in files["README.md"].decode()
+    receipt = read_json(run["receipt"])
+    assert (receipt["repository"], receipt["commit"], receipt["private"]) == (NAME, commit, True)
+    assert receipt["files"] == {name: len(content) for name, content in files.items()}
+
+
+def test_a_merged_model_arrives_and_a_public_repository_is_made_where_asked(hub, run):
+    publish_adapter(**{**run, "weights": run["record"].parent / "merged", "private": False}, repository=NAME)
+    repository = hub.repositories[NAME]
+    assert not repository.private
+    assert repository.commits[repository.branches["main"]]["model.safetensors"] == b"all weights"
+
+
+def test_publishing_again_adds_a_commit_and_keeps_what_others_put_there(hub, run):
+    hub.add(NAME, {"notes.txt": b"mine"}, private=True)
+    publish_adapter(**run, repository=NAME)
+    files = hub.repositories[NAME].commits[hub.repositories[NAME].branches["main"]]
+    assert files["notes.txt"] == b"mine"
+    assert "adapter_model.safetensors" in files
+
+
+def test_the_token_goes_nowhere_but_to_the_hub(hub, run, caplog):
+    publish_adapter(**run, repository=NAME)
+    sent = b"".join(hub.repositories[NAME].commits[hub.repositories[NAME].branches["main"]].values())
+    assert TOKEN.encode() not in sent
+    assert TOKEN not in run["receipt"].read_text() + caplog.text
+    objects = hub.asked("/objects/", "PUT")
+    assert objects
+    assert not any(request.authorization for request in objects)
+
+
+def test_a_dry_run_shows_files_sizes_and_card_and_asks_the_hub_nothing(hub, run, monkeypatch, caplog):
+    shown: list[str] = []
+    monkeypatch.setattr(stage, "console", type("Console", (), {"write": staticmethod(shown.append)}))
+    publish_adapter(**{**run, "dry_run": True}, repository=NAME)
+    assert not hub.requests
+    text = "".join(shown)
+    assert f"To {NAME} (private), in one commit:\n" in text
+    assert "              7  adapter_model.safetensors\n" in text
+    assert "# llama\n\nA QLoRA adapter for `owner/base`." in text
+    assert "publish: licence: dataset notes (not stated): the registry does not say" in text
+    assert run["receipt"].read_text() in text
+
+
+def test_no_token_and_a_wrong_one_are_told(hub, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_unknown")
+    assert refused(run) == f"publish: {NAME}: {stage.REFUSALS[401]}"
+    monkeypatch.delenv("HF_TOKEN")
+    assert refused(run) == f"publish: {NAME}: {stage.NO_TOKEN}"
+    assert not hub.repositories
+
+
+def test_a_name_that_is_somebody_elses_is_told(hub, run):
+    assert refused(run, "stranger/llama") == f"publish: stranger/llama: {stage.REFUSALS[403]}"
+
+
+def test_a_token_that_may_only_read_is_told(hub, run):
+    hub.fail("/commit/", status=403)
+    assert refused(run) == f"publish: {NAME}: {stage.REFUSALS[403]}"
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_commit_that_came_in_between_is_told(hub, run, status):
+    hub.fail("/commit/", status=status)
+    assert refused(run) == f"publish: {NAME}: {stage.REFUSALS[412]}"
+
+
+def test_what_somebody_adds_meanwhile_is_not_published_over(hub, run, monkeypatch):
+    made = stage.CommitOperationAdd
+    monkeypatch.setattr(
+        stage, "CommitOperationAdd", lambda *given: hub.add(NAME, {"new.txt": b"theirs"}) and made(*given)
+    )
+    assert refused(run) == f"publish: {NAME}: {stage.REFUSALS[412]}"
+    repository = hub.repositories[NAME]
+    assert repository.commits[repository.branches["main"]] == {"new.txt": b"theirs"}
+
+
+def test_a_cut_connection_is_told_and_the_next_try_sends_just_what_is_missing(hub, run):
+    hub.fail("/commit/", cut=0)
+    message = refused(run)
+    assert message.endswith("nothing was published, try again: what was sent is not sent twice"), message
+    hub.repositories[NAME].branches["main"] = next(iter(hub.repositories[NAME].commits))  # as if it had not arrived
+    before = len(hub.asked("/objects/", "PUT"))
+    publish_adapter(**run, repository=NAME)
+    assert len(hub.asked("/objects/", "PUT")) == before
+
+
+def test_a_hub_that_is_not_there_is_told(hub, run):
+    hub.stop()
+    assert refused(run).endswith("nothing was published, try again: what was sent is not sent twice")
+
+
+@pytest.mark.parametrize(
+    ("repository", "line"),
+    [("", "publish: say where to with --config publish_to=owner/name"), ("a/b/c", "publish: a/b/c: Repo id must be")],
+)
+def test_a_place_that_is_none_is_told_before_anything_is_asked(hub, run, repository, line):
+    assert refused(run, repository).startswith(line)
+    assert not hub.requests
+
+
+def test_the_command_publishes_with_the_environment_alone(hub, run, tmp_path):
+    arguments = [
+        f"--{name.replace('_', '-')}={value}" for name, value in run.items() if name not in ("form", "dry_run")
+    ]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    script = Path(__file__).parents[2] / "scripts/publish_adapter.py"
+    command = [sys.executable, script, *arguments, "--form=null", "--dry-run=false", f"--repository={NAME}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert read_json(run["receipt"])["commit"] == hub.repositories[NAME].branches["main"]

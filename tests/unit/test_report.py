@@ -22,11 +22,24 @@ from report_results import kind_of, report_results, shortened, shown, upright
 
 FOLDER = Path(__file__).parents[2] / "report"
 TEMPLATES = [FOLDER / "index.html.j2", *sorted(path for path in FOLDER.iterdir() if path.name != "index.html.j2")]
+SOURCES = [
+    {
+        "kind": "model",
+        "name": "tiny",
+        "address": "owner/tiny",
+        "hub": "owner/tiny",
+        "pin": "",
+        "licence": "Terms <1>",
+        "publishing": "forbidden",
+    },
+    {"kind": "dataset", "name": "sql", "address": "data/sql", "pin": "", "licence": "MIT", "publishing": "allowed"},
+]
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
 def write(report: Path, inputs: dict[str, Any], **changed: Any) -> str:
-    arguments = {"bootstraps": {SUITE: BOOTSTRAP}, "title": "A <title> & more", "templates": TEMPLATES, **inputs}
+    arguments = {"bootstraps": {SUITE: BOOTSTRAP}, "sources": SOURCES, "title": "A <title> & more", **inputs}
+    arguments["templates"] = TEMPLATES
     report_results(report=report, **(arguments | changed))
     return report.read_text(encoding="utf-8")
 
@@ -71,6 +84,13 @@ class Elements(HTMLParser):
     def handle_data(self, data: str) -> None:
         if {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data
+
+
+def test_each_sources_licence_is_listed_and_what_stands_against_publishing(page: str) -> None:
+    rows = Elements(page).rows
+    assert ["model", "tiny", "owner/tiny", "Terms <1>", "forbidden"] in rows
+    assert ["dataset", "sql", "data/sql", "MIT", "allowed"] in rows
+    assert "<li>model tiny (Terms &lt;1&gt;) forbids publishing what is made of it</li>" in page
 
 
 def test_the_page_is_well_formed_and_its_links_lead_somewhere(page: str) -> None:

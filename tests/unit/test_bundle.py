@@ -1,0 +1,161 @@
+"""What leaves with a run: its files, and a card that tells where it comes from and how good it is."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from outgoing import MODEL, SOURCES, make_run
+
+from qlora.bundle import bundle, card, size_of, subject_of
+from qlora.files import read_json
+from qlora.licences import objections, source_of
+
+CARD = """\
+---
+base_model: owner/base
+base_model_relation: adapter
+library_name: peft
+pipeline_tag: text-generation
+tags: [qlora]
+datasets: [owner/notes]
+---
+
+# llama
+
+A QLoRA adapter for `owner/base`.
+
+## Sources and licences
+
+| | name | from | pin | licence | publishing what is made of it |
+|---|---|---|---|---|---|
+| model | base | owner/base | `aaaaaaaaaaaa` | MIT | allowed |
+| dataset | notes | owner/notes | `bbbbbbbbbbbb` | not stated | unclear |
+
+**Licence:** dataset notes (not stated): the registry does not say whether publishing is allowed; ask who holds the rights.
+
+## Recipe
+
+Mixture all, recipe tiny, seed 1: 900 steps of 8 × 2 rows, 5,000 learned tokens of 90,000.
+Base in nf4 with double quantisation; LoRA of rank 4, alpha 8, dropout 0, on all-linear; adamw_torch at 0.005, cosine.
+All of it is in `run.json`.
+
+## Results
+
+Held-out rows, greedy answers; intervals by bootstrap over the rows.
+
+| test set | slice | metric | value | interval | n |
+|---|---|---|---|---|---|
+| notes | all | accuracy | 0.812 | 0.750 to 0.874 | 200 |
+| notes | hard | loss | 1.500 | 1.000 to 2.000 | 50 |
+
+## Load
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+in_4_bits = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16",
+)
+tokenizer = AutoTokenizer.from_pretrained("owner/llama")
+base = AutoModelForCausalLM.from_pretrained("owner/base", revision="aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", quantization_config=in_4_bits)
+model = PeftModel.from_pretrained(base, "owner/llama")
+```
+
+Prompts are rendered as "{content}\\nAnswer:", the answer follows.
+
+## Reproduce
+
+Trained at commit `cccccccccccccccccccccccccccccccccccccccc` of the workflow, on a processor:
+
+```sh
+snakemake runs/llama
+```
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+def subject(run: Path, **changes):
+    given = {
+        "base": "owner/base",
+        "sources": SOURCES,
+        "form": {"user": "{content}\nAnswer:"},
+        "command": "snakemake runs/llama",
+    }
+    return subject_of(run / "run.json", run / "metrics.csv", **{**given, **changes})
+
+
+def test_the_card_tells_base_data_recipe_results_of_this_run_alone_and_how_to_go_on(run):
+    assert card(subject(run), "owner/llama", merged=False) == CARD
+    assert yaml.safe_load(CARD.split("---")[1])["datasets"] == ["owner/notes"]
+
+
+def test_the_card_of_a_merged_model_loads_without_peft(run):
+    text = card(subject(run, form=None), "owner/llama-merged", merged=True)
+    assert "library_name: transformers" in text
+    assert "base_model_relation: merge" in text
+    assert "peft" not in text
+    assert 'model = AutoModelForCausalLM.from_pretrained("owner/llama-merged", dtype="auto")' in text
+    assert "rendered by the tokenizer's chat template" in text
+
+
+def test_a_base_that_is_not_from_the_hub_is_no_metadata_of_its(run):
+    local = subject(run, base="results/sources/models/base", sources=[{**SOURCES[1], "hub": ""}])
+    local.run["pins"] = {"model": {"source": {"build": {}}}}
+    text = card(local, "there", merged=False)
+    assert yaml.safe_load(text.split("---")[1]).keys() == {"library_name", "pipeline_tag", "tags"}
+    assert 'AutoModelForCausalLM.from_pretrained("results/sources/models/base", quant' in text
+
+
+def test_a_commit_that_was_changed_is_told(run):
+    changed = subject(run)
+    changed.run["commit"] = "c" * 40 + "-dirty"
+    text = card(changed, "owner/llama", merged=False)
+    assert f"commit `{'c' * 40}` of the workflow and then with changes that were not committed" in text
+
+
+def test_an_adapter_goes_with_its_tokenizer_and_points_at_its_base_on_the_hub(run):
+    files = bundle(run / "adapter", run / MODEL, subject(run), "owner/llama")
+    assert sorted(files) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "run.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ]
+    assert yaml.safe_load(files["adapter_config.json"]) == {
+        "base_model_name_or_path": "owner/base",
+        "revision": "a" * 40,
+    }
+    assert files["README.md"] == CARD.encode()
+    assert yaml.safe_load(files["run.json"]) == read_json(run / "run.json")
+    assert size_of(files["adapter_model.safetensors"]) == len(b"weights")
+
+
+def test_a_merged_model_goes_as_it_is_with_its_card(run):
+    files = bundle(run / "merged", run / MODEL, subject(run), "owner/llama")
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors", "run.json", "tokenizer.json"]
+
+
+def test_the_card_of_a_library_does_not_take_the_place_of_ours(run):
+    (run / "adapter" / "README.md").write_text("what a library wrote")
+    assert bundle(run / "adapter", run / MODEL, subject(run), "owner/llama")["README.md"] == CARD.encode()
+
+
+def test_what_stands_against_publishing_is_named_from_the_registries_alone():
+    entries = [
+        {"source": {"hub": "a/b", "revision": "1" * 40}, "licence": "MIT", "publishing": "allowed"},
+        {"source": {"path": "data/mine.csv", "sha256": "2" * 64}, "licence": "in house", "publishing": "forbidden"},
+        {"source": {"build": {}}, "licence": "Terms", "publishing": "conditions"},
+        {"source": {"hub": "c/d"}, "licence": "not stated", "publishing": "unclear"},
+    ]
+    sources = [source_of("dataset", name, entry) for name, entry in zip("wxyz", entries, strict=True)]
+    assert [source["address"] for source in sources] == ["a/b", "data/mine.csv", "made by this workflow", "c/d"]
+    assert [source["pin"] for source in sources] == ["1" * 40, "2" * 64, "", ""]
+    assert list(objections(sources)) == [
+        "dataset x (in house) forbids publishing what is made of it",
+        "dataset y (Terms) allows publishing on conditions: read them first",
+        "dataset z (not stated): the registry does not say whether publishing is allowed; ask who holds the rights",
+    ]

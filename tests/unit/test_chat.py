@@ -1,0 +1,146 @@
+"""Talking to a run, as a user would: on a tiny model, with the answers that evaluation has."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import FORM, QUANTIZATION, make_base, make_preflight, make_rows, make_tokens, train
+
+from chat import main
+from merge_adapter import merge_adapter
+from predict_rows import predict_rows
+from qlora.errors import UserError
+from qlora.files import read_json, read_jsonl, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = ("--max-new-tokens", "12")
+CONFIG = f"""\
+models: {{tiny: {{source: {{build: {{architecture: llama}}}}, format: test}}}}
+formats: {{test: {json.dumps(FORM)}}}
+datasets: {{facts: {{source: {{path: .}}, prompt: "{{q}}", completion: "{{a}}"}}}}
+mixtures: {{all: {{datasets: {{facts: {{}}}}}}}}
+recipes: {{all: {{}}}}
+runs: [{{name: facts, model: tiny, mixture: all, recipe: all}}]
+suites: {{all: {{datasets: [facts]}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository's folder with a trained run, its predictions, and its merged model."""
+    here = tmp_path_factory.mktemp("repository")
+    shutil.copytree(ROOT / "scripts", here / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    (here / "config").mkdir()
+    shutil.copy(ROOT / "config" / "schema.yaml", here / "config")
+    for name, text in (("models", "formats: {}"), ("datasets", "datasets: {}"), ("config", CONFIG)):
+        (here / "config" / f"{name}.yaml").write_text(text)
+    base = make_base(here / "results/sources/models/tiny")
+    dataset = make_rows(here)
+    tokens, run = make_tokens(here, base, dataset), here / "results/runs/facts"
+    train(base, tokens, make_preflight(base), run, max_steps=30, eval_steps=None, save_steps=500, learning_rate=1e-2)
+    for name, adapter in (("tuned", run / "adapter"), ("base", None)):
+        predict_rows(
+            *(base, [dataset], here / f"{name}.jsonl", adapter),
+            **{"form": FORM, "quantization": QUANTIZATION, "attention": "sdpa", "device": "cpu", "threads": 1},
+            **{"shots": 0, "max_new_tokens": 12, "batch_size": 1},
+        )
+    return here
+
+
+@pytest.fixture
+def chat(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call the command in the repository's folder, and hand back what it prints."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments: str, said: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", ["chat.py", *arguments, "--device", "cpu"])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        capsys.readouterr()
+        main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def generated(folder: Path, name: str) -> list[str]:
+    return [row["generated"] for row in read_jsonl(folder / f"{name}.jsonl")]
+
+
+def asked(folder: Path) -> list[str]:
+    return [row["messages"][0]["content"] for row in read_jsonl(folder / "facts/test.jsonl")]
+
+
+@pytest.mark.slow
+def test_as_a_user_would_a_file_is_answered_as_in_evaluation_with_the_base_beside(folder: Path) -> None:
+    command = [sys.executable, "scripts/chat.py", "results/runs/facts", "--file", "facts/test.jsonl", "--compare"]
+    done = subprocess.run([*command, *LIMIT], cwd=folder, capture_output=True, text=True, check=True)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["prompt"] for row in told] == asked(folder)
+    assert [row["answer"] for row in told] == generated(folder, "tuned")
+    assert [row["base"] for row in told] == generated(folder, "base")
+    assert generated(folder, "base") != generated(folder, "tuned")
+    command = [sys.executable, "scripts/chat.py", "results/runs/none"]
+    refused = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.endswith(
+        "chat: error: results/runs/none: no run.json there; give the folder of a trained run, as results/runs/RUN\n"
+    )
+
+
+def test_a_prompt_is_answered_and_nothing_else_is_printed(folder: Path, chat: Callable[..., str]) -> None:
+    arguments = ("results/runs/facts", "--prompt", asked(folder)[0], *LIMIT)
+    answer, base = generated(folder, "tuned")[0], generated(folder, "base")[0]
+    assert chat(*arguments).strip() == answer.strip()
+    assert chat(*arguments, "--compare").strip() == f"base:  {base}\ntuned: {answer}".strip()
+
+
+def test_a_file_of_lines_and_one_of_objects_are_answered_alike(folder: Path, chat: Callable[..., str]) -> None:
+    (folder / "prompts.txt").write_text("\n\n".join(asked(folder)))
+    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps({'prompt': text})}\n" for text in asked(folder)))
+    lines, objects = (chat("results/runs/facts", "--file", f"prompts.{ending}", *LIMIT) for ending in ("txt", "jsonl"))
+    assert lines == objects
+    assert [json.loads(line)["answer"] for line in lines.splitlines()] == generated(folder, "tuned")
+
+
+def test_lines_are_answered_one_by_one_and_an_empty_line_begins_anew(folder: Path, chat: Callable[..., str]) -> None:
+    first, second = asked(folder)[:2]
+    told = chat("results/runs/facts", *LIMIT, said=f"{first}\n\n{second}\n")
+    assert told.split() == " ".join(generated(folder, "tuned")[:2]).split()
+    with_history = chat("results/runs/facts", *LIMIT, said=f"{first}\n{second}\n")
+    assert with_history.split() != told.split()
+
+
+def test_the_merged_model_answers_too(folder: Path, chat: Callable[..., str]) -> None:
+    arguments = ("results/runs/facts", "--file", "facts/test.jsonl", *LIMIT, "--merged")
+    with pytest.raises(UserError, match="results/runs/facts/merged is not there; make it: snakemake"):
+        chat(*arguments)
+    run, base = folder / "results/runs/facts", folder / "results/sources/models/tiny"
+    merge_adapter(base, run / "adapter", run / "merged", QUANTIZATION, "sdpa", "cpu")
+    told = [json.loads(line)["answer"] for line in chat(*arguments).splitlines()]
+    same = sum(answer == wanted for answer, wanted in zip(told, generated(folder, "tuned"), strict=True))
+    assert same >= len(told) / 2  # bfloat16 decides near ties otherwise
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["results/runs/facts", "--base", "gone"], "gone: the base 'tiny' is not there; make it: snakemake"),
+        (["results/runs/facts", "--file", "gone.txt"], "gone.txt: no such file of prompts"),
+        (["results/runs/facts", "--configfile", "gone.yaml"], "gone.yaml is not there; start this from the"),
+        (["results/runs/facts", "--base", "other"], "other: not the base that the run was trained on"),
+        (["results/runs/elsewhere"], "its model 'mine' is not in the config; name the overlay that has it"),
+        (["results/runs/facts", "--prompt", "long " * 300], "tokens and fills the model's context; shorten it"),
+    ],
+)
+def test_what_is_missing_is_named(folder: Path, chat: Callable[..., str], arguments: list[str], line: str) -> None:
+    write_json(folder / "other/source.json", {"source": {}, "files": {}})
+    record = read_json(folder / "results/runs/facts/run.json")
+    write_json(folder / "results/runs/elsewhere/run.json", {**record, "model": "mine"})
+    with pytest.raises(UserError) as caught:
+        chat(*arguments)
+    assert line in str(caught.value)
