@@ -35,48 +35,56 @@ class Weight:
     def __init__(self, packed: Params4bit) -> None:
         self.packed = packed
         whole = dequantized(packed, torch.bfloat16)
+        self.out, self.width = whole.shape
         self.scales = (whole.abs().amax(dim=1).float() / LARGEST).clamp(min=1e-12)  # (out,)
-        self.ones = torch.ones(1, whole.shape[1], device=whole.device)
 
-    def times(self, x: Tensor, scales: Tensor) -> Tensor:
-        """X Wᵀ (tokens, out) in bfloat16, for `x` (tokens, in) in e4m3 with its rows' `scales`."""
-        weight = self._eighth(transposed=False)
-        return _product(x, weight.t(), scales, self.scales[None, :])
-
-    def gradient(self, grad: Tensor) -> Tensor:
-        """Grad W (tokens, in) in bfloat16, for `grad` (tokens, out)."""
-        eighth, scales = fp8_triton.scaled_rows(grad, self.scales)
-        return _product(eighth, self._eighth(transposed=True).t(), scales, self.ones)
-
-    def _eighth(self, transposed: bool) -> Tensor:
-        state = self.packed.quant_state
-        out, width = state.shape
-        room = _room.get(self.packed.device)
-        if room is None or room.numel() < out * width:
-            room = torch.empty(out * width, dtype=torch.float8_e4m3fn, device=self.packed.device)
-            _room[self.packed.device] = room
-        target = room[: out * width].view((width, out) if transposed else (out, width))
-        return fp8_triton.dequantize(self.packed.data, state, self.scales, target, transposed)
+    def eighth(self, room: Tensor, transposed: bool) -> Tensor:
+        """The weight over its rows' scales in e4m3, or its transpose, written into the matrix `room`."""
+        return fp8_triton.dequantize(self.packed.data, self.packed.quant_state, self.scales, room, transposed)
 
 
-def make_room(weights: Sequence[Params4bit]) -> None:
-    """Let the largest of `weights` be the first to be made whole, so that the place of all never moves."""
-    Weight(max(weights, key=lambda weight: weight.quant_state.shape.numel()))._eighth(transposed=False)
+def products(weights: Sequence[Weight], x: Tensor) -> list[Tensor]:
+    """X Wᵀ (tokens, out) in bfloat16 for each weight, given `x` (tokens, in)."""
+    eighth, scales = fp8_triton.scaled_rows([x])
+    return [
+        _product(eighth, weight.eighth(_place(x.device, weight.out, weight.width), False).t(), scales, weight.scales)
+        for weight in weights
+    ]
 
 
-def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` (tokens, in) in e4m3, and the scale of each row (tokens, 1)."""
-    return fp8_triton.scaled_rows(x)
+def gradient(weights: Sequence[Weight], grads: Sequence[Tensor]) -> Tensor:
+    """Σ grad W (tokens, in) in bfloat16, given the gradient (tokens, out) of each weight's product: one product."""
+    outs, width = [weight.out for weight in weights], weights[0].width
+    columns = torch.cat([weight.scales for weight in weights])
+    eighth, scales = fp8_triton.scaled_rows(grads, columns)
+    room = _place(columns.device, width, sum(outs))
+    for weight, part in zip(weights, room.split(outs, dim=1), strict=True):
+        weight.eighth(part, transposed=True)
+    return _product(eighth, room.t(), scales, torch.ones(width, device=columns.device))
+
+
+def make_room(groups: Sequence[Sequence[Weight]]) -> None:
+    """Reserve the place that all 8-bit weights of a group are written to, so that it never moves."""
+    for group in groups:
+        _place(group[0].scales.device, sum(weight.out for weight in group), group[0].width)
+
+
+def _place(device: torch.device, rows: int, columns: int) -> Tensor:
+    """A matrix in the one place of a device, valid until the next call."""
+    room = _room.get(device)
+    if room is None or room.numel() < rows * columns:
+        room = _room[device] = torch.empty(rows * columns, dtype=torch.float8_e4m3fn, device=device)
+    return room[: rows * columns].view(rows, columns)
 
 
 def _product(left: Tensor, right: Tensor, left_scales: Tensor, right_scales: Tensor) -> Tensor:
-    """(left · its scales) @ (right · its scales) in bfloat16; the left by rows, the right by columns."""
+    """(left · left_scales (rows, 1)) @ (right · right_scales (columns,)) in bfloat16, of two e4m3 matrices."""
     return scaled_mm(
         left,
         right,
         left_scales,
         ScalingType.RowWise,
-        right_scales,
+        right_scales[None, :],
         ScalingType.RowWise,
         output_dtype=torch.bfloat16,
         use_fast_accum=True,

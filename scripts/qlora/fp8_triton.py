@@ -1,5 +1,7 @@
 """Rows scaled into 8-bit floats (e4m3, arXiv 2209.05433), and NF4 weights made whole into them: Triton."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -11,32 +13,81 @@ COLUMNS, BLOCKS = 128, 2  # rows of the weight, and quantisation blocks of each,
 
 
 @triton.jit
-def _scale_rows(x, columns, eighth, scales, width, weighted: tl.constexpr, step: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, step)
+def _part(x, columns, row, place, width, first, weighted: tl.constexpr):
     inside = place < width
     values = tl.load(x + row * width + place, mask=inside, other=0.0).to(tl.float32)
     if weighted:
-        values *= tl.load(columns + place, mask=inside, other=0.0)
-    scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) / 448.0
-    tl.store(eighth + row * width + place, (values / scale).to(eighth.dtype.element_ty), mask=inside)
+        values *= tl.load(columns + first + place, mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
+def _scale_rows(
+    x,
+    second,
+    third,
+    columns,
+    eighth,
+    scales,
+    width,
+    second_width,
+    third_width,
+    parts: tl.constexpr,
+    weighted: tl.constexpr,
+    step: tl.constexpr,
+    second_step: tl.constexpr,
+    third_step: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    total = width + second_width + third_width
+    place = tl.arange(0, step)
+    values = _part(x, columns, row, place, width, 0, weighted)
+    largest = tl.max(tl.abs(values))
+    if parts > 1:
+        second_place = tl.arange(0, second_step)
+        second_values = _part(second, columns, row, second_place, second_width, width, weighted)
+        largest = tl.maximum(largest, tl.max(tl.abs(second_values)))
+    if parts > 2:
+        third_place = tl.arange(0, third_step)
+        third_values = _part(third, columns, row, third_place, third_width, width + second_width, weighted)
+        largest = tl.maximum(largest, tl.max(tl.abs(third_values)))
+    scale = tl.maximum(largest, 1e-12) / 448.0
     tl.store(scales + row, scale)
+    kind = eighth.dtype.element_ty
+    target = eighth + row * total
+    tl.store(target + place, (values / scale).to(kind), mask=place < width)
+    if parts > 1:
+        tl.store(target + width + second_place, (second_values / scale).to(kind), mask=second_place < second_width)
+    if parts > 2:
+        target += width + second_width
+        tl.store(target + third_place, (third_values / scale).to(kind), mask=third_place < third_width)
 
 
-def scaled_rows(x: torch.Tensor, columns: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of `x` (rows, width), times `columns` (width,) where given, in e4m3, and each row's scale (rows, 1)."""
-    x = x.contiguous()
-    rows, width = x.shape
-    eighth = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(rows, 1, device=x.device)
-    _scale_rows[(rows,)](
-        x,
-        x if columns is None else columns,
+def scaled_rows(
+    parts: Sequence[torch.Tensor], columns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to three (rows, width) side by side, times `columns` where given, in e4m3, and each row's scale (rows, 1)."""
+    first, *others = parts = [part.contiguous() for part in parts]
+    second, third = [*others, first, first][:2]
+    widths = [part.shape[1] for part in parts]
+    _, second_width, third_width = [*widths, 0, 0][:3]
+    eighth = torch.empty(len(first), sum(widths), device=first.device, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(len(first), 1, device=first.device)
+    _scale_rows[(len(first),)](
+        first,
+        second,
+        third,
+        first if columns is None else columns,
         eighth,
         scales,
-        width,
+        widths[0],
+        second_width,
+        third_width,
+        parts=len(parts),
         weighted=columns is not None,
-        step=triton.next_power_of_2(width),
+        step=triton.next_power_of_2(widths[0]),
+        second_step=triton.next_power_of_2(max(second_width, 1)),
+        third_step=triton.next_power_of_2(max(third_width, 1)),
         num_warps=8,
     )
     return eighth, scales
@@ -54,6 +105,7 @@ def _dequantize(
     row_scales,
     out,
     blocks,
+    stride,
     size: tl.constexpr,
     group_size: tl.constexpr,
     double: tl.constexpr,
@@ -76,10 +128,10 @@ def _dequantize(
         values = tl.interleave(high, low).to(eighth.dtype.element_ty)
         entry = column.to(tl.int64) * size + tl.arange(0, size)
         if transposed:
-            target = eighth + entry[:, None] * out + row[None, :]
+            target = eighth + entry[:, None] * stride + row[None, :]
             tl.store(target, tl.trans(values), mask=inside[None, :] & (entry[:, None] < blocks * size))
         else:
-            target = eighth + row[:, None] * blocks * size + entry[None, :]
+            target = eighth + row[:, None] * stride + entry[None, :]
             tl.store(target, values, mask=inside[:, None] & (entry[None, :] < blocks * size))
 
 
@@ -96,6 +148,7 @@ def dequantize(
         row_scales,
         out,
         blocks,
+        eighth.stride(0),
         size=state.blocksize,
         group_size=state.state2.blocksize if state.nested else 1,
         double=state.nested,

@@ -23,7 +23,10 @@ GATED = {"LlamaMLP", "MistralMLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP", "Qwen2M
 
 
 class Group:
-    """Layers over one input. Their adapters are kept in the dtype of the products too, see `refresh`."""
+    """Layers over one input. Their adapters are kept in the dtype of the products too, see `refresh`.
+
+    The scaling s goes to A on the way forward and to B on the way back, so that no gradient has to be scaled.
+    """
 
     def __init__(self, modules: Sequence[Linear4bit], in_fp8: bool = False) -> None:
         self.modules = modules
@@ -35,7 +38,9 @@ class Group:
         self.ranks = [len(a) for a in self.learned_a]
         self.dtype = modules[0].base_layer.compute_dtype
         self.a = torch.empty_like(torch.cat(self.learned_a), dtype=self.dtype)  # (sum of ranks, in)
-        self.bs = [torch.empty_like(b, dtype=self.dtype) for b in self.learned_b]  # (out, rank), times the scaling
+        self.scaled_a = torch.empty_like(self.a)
+        self.bs = [torch.empty_like(b, dtype=self.dtype) for b in self.learned_b]  # (out, rank) each
+        self.scaled_bs = [torch.empty_like(b) for b in self.bs]
 
     @property
     def learned(self) -> list[Tensor]:
@@ -47,52 +52,46 @@ class Group:
         return dequantized(self.modules[place].base_layer.weight, self.dtype)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Each layer's output (tokens, out) for `x` (tokens, in), and x Aᵀ of all (tokens, sum of ranks)."""
-        narrow = x @ self.a.t()
-        eighth = fp8.scaled_rows(x) if self.fp8 else None
+        """Each layer's output (tokens, out) for `x` (tokens, in), and s x Aᵀ of all (tokens, sum of ranks)."""
+        narrow = x @ self.scaled_a.t()
+        frozen = fp8.products(self.fp8, x) if self.fp8 else None
         outputs = []
         for place, (part, b) in enumerate(zip(narrow.split(self.ranks, dim=1), self.bs, strict=True)):
+            output = frozen[place].addmm_(part, b.t()) if frozen else (part @ b.t()).addmm_(x, self.weight(place).t())
             bias = self.modules[place].base_layer.bias
-            low = part @ b.t() if bias is None else torch.addmm(bias.to(self.dtype), part, b.t())
-            if self.fp8 and eighth:
-                outputs.append(low.add_(self.fp8[place].times(*eighth)))
-            else:
-                outputs.append(low.addmm_(x, self.weight(place).t()))
+            outputs.append(output if bias is None else output.add_(bias))
         return outputs, narrow
 
     def input_gradient(self, grads: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Tensor]:
         """That of x (None unless wanted), and s grad B of all layers (tokens, sum of ranks)."""
-        below = torch.cat([grad @ b for grad, b in zip(grads, self.bs, strict=True)], dim=1)
+        below = torch.cat([grad @ b for grad, b in zip(grads, self.scaled_bs, strict=True)], dim=1)
         if not wanted:
             return None, below
+        if self.fp8:
+            return fp8.gradient(self.fp8, grads).addmm_(below, self.a), below
         of_x = below @ self.a
         for place, grad in enumerate(grads):
-            if self.fp8:
-                of_x.add_(self.fp8[place].gradient(grad))
-            else:
-                of_x.addmm_(grad, self.weight(place))
+            of_x.addmm_(grad, self.weight(place))
         return of_x, below
 
     def adapter_gradients(self, x: Tensor, narrow: Tensor, below: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
         """Those of A and B by turns, in float32."""
         of_a = in_float32(below.t(), x).split(self.ranks)
-        parts = narrow.split(self.ranks, dim=1)
-        of_b = [
-            in_float32(grad.t(), part).mul_(scaling)
-            for grad, part, scaling in zip(grads, parts, self.scalings, strict=True)
-        ]
+        of_b = [in_float32(grad.t(), part) for grad, part in zip(grads, narrow.split(self.ranks, dim=1), strict=True)]
         return [gradient for pair in zip(of_a, of_b, strict=True) for gradient in pair]
 
 
 @torch.no_grad()
 def refresh(groups: Sequence[Group]) -> None:
     """Bring the copies of all adapters up to date in a few kernels; a layer at a time it would be a thousand."""
-    parts = [part for group in groups for part in group.a.split(group.ranks)]
-    torch._foreach_copy_(parts, [a for group in groups for a in group.learned_a])
-    scaled = torch._foreach_mul(
-        [b for group in groups for b in group.learned_b], [scaling for group in groups for scaling in group.scalings]
-    )
-    torch._foreach_copy_([b for group in groups for b in group.bs], scaled)
+    learned_a = [a for group in groups for a in group.learned_a]
+    learned_b = [b for group in groups for b in group.learned_b]
+    scalings = [scaling for group in groups for scaling in group.scalings]
+    torch._foreach_copy_([part for group in groups for part in group.a.split(group.ranks)], learned_a)
+    torch._foreach_copy_([b for group in groups for b in group.bs], learned_b)
+    scaled_a = [part for group in groups for part in group.scaled_a.split(group.ranks)]
+    torch._foreach_copy_(scaled_a, torch._foreach_mul(learned_a, scalings))
+    torch._foreach_copy_([b for group in groups for b in group.scaled_bs], torch._foreach_mul(learned_b, scalings))
 
 
 def in_float32(left: Tensor, right: Tensor) -> Tensor:
@@ -220,8 +219,6 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     make_room(
         [module.base_layer.weight for module in free.values()], next(iter(free.values())).base_layer.compute_dtype
     )
-    if in_fp8:
-        fp8.make_room([module.base_layer.weight for module in free.values()])
     groups: list[Group] = []
 
     def grouped(*modules: Linear4bit) -> Group:
@@ -246,6 +243,8 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
             left = {other: layer for other, layer in left.items() if layer not in (q, k, v)}
     for layer in left.values():
         _replace(layer, [layer], partial(alone, grouped(layer)))
+    if in_fp8:
+        fp8.make_room([group.fp8 for group in groups if group.fp8])
     network.register_forward_pre_hook(lambda *_: refresh(groups))
     rest = len(modules) - len(free)
     approximate = ", frozen products approximate in FP8" if in_fp8 else ""

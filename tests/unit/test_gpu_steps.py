@@ -137,12 +137,15 @@ def test_products_in_fp8_are_those_of_rounded_rows(tmp_path: Path) -> None:
         grad = torch.randn(48, exact.shape[0], generator=generator).cuda().bfloat16()
         scales = weight.scales[:, None]
         eighth = rounded(exact, scales)
-        found = weight.times(*fp8.scaled_rows(x)).float()
+        (found,) = (product.float() for product in fp8.products([weight], x))
         assert distance([found], [of_rows(x.float()) @ eighth.t()]) < 0.01
         assert distance([found], [x.float() @ exact.t()]) < 0.06
-        found = weight.gradient(grad).float()
+        found = fp8.gradient([weight], [grad]).float()
         assert distance([found], [of_rows(grad.float() * weight.scales) @ (eighth / scales)]) < 0.01
         assert distance([found], [grad.float() @ exact]) < 0.06
+        for number in (2, 3):
+            together = fp8.gradient([weight] * number, [grad / (place + 1) for place in range(number)]).float()
+            assert distance([together], [sum(1 / (place + 1) for place in range(number)) * found]) < 0.05
 
 
 def test_a_recipe_in_fp8_learns_as_one_in_bfloat16(bench: Bench) -> None:
