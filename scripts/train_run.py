@@ -107,7 +107,7 @@ def train_run(
             "versions": versions(),
             "commit": commit(),
             "hardware": hardware(device, threads),
-            "attention": attention,
+            "computed by": trainer.chosen,
             "batching": batching,
             "steps": trainer.state.global_step,
             "tokens": counter.tokens,

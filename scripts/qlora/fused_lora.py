@@ -95,7 +95,7 @@ def refresh(groups: Sequence[Group]) -> None:
 
 
 def in_float32(left: Tensor, right: Tensor) -> Tensor:
-    """The product, summed and kept in float32 whatever the factors' dtype."""
+    """The product in float32; on a GPU its sums are kept so whatever the factors' dtype."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()
@@ -201,6 +201,8 @@ def why_not(module: Linear4bit) -> str | None:
         return "a variant of LoRA"
     if module.lora_bias[name]:
         return "an adapter with a bias"
+    if module.base_layer.bias is not None and module.base_layer.bias.requires_grad:
+        return "a bias that is learned"
     return None
 
 
@@ -245,7 +247,8 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
         _replace(layer, [layer], partial(alone, grouped(layer)))
     if in_fp8:
         fp8.make_room([group.fp8 for group in groups if group.fp8])
-    network.register_forward_pre_hook(lambda *_: refresh(groups))
+    refresh(groups)
+    network.get_base_model().register_forward_pre_hook(lambda *_: refresh(groups))
     rest = len(modules) - len(free)
     approximate = ", frozen products approximate in FP8" if in_fp8 else ""
     left_out = f"; {rest} left to PEFT" if rest else ""

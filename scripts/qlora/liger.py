@@ -1,7 +1,5 @@
 """Liger's Triton kernels for norms and rotary positions, where they cover the family."""
 
-import logging
-
 from transformers import PreTrainedModel
 
 try:
@@ -9,25 +7,22 @@ try:
 except ImportError:  # it needs Triton, which comes with the CUDA build of torch alone
     MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance = {}, None
 
-log = logging.getLogger("qlora")
 
-
-def use_liger(network: PreTrainedModel) -> None:
-    """Put Liger's norms and rotary positions into `network`, in place; MLPs and the loss are computed elsewhere."""
+def use_liger(network: PreTrainedModel) -> str:
+    """Put Liger's norms and rotary positions into `network`, in place, and say so; the rest is computed elsewhere."""
     family = network.config.model_type
     if _apply_liger_kernel_to_instance is None:
-        log.info("Liger kernels: none, liger-kernel is not installed")
-    elif family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        log.info("Liger kernels: none for %s", family)
-    else:
-        _apply_liger_kernel_to_instance(
-            network,
-            rope=True,
-            rms_norm=True,
-            layer_norm=True,
-            swiglu=False,
-            geglu=False,
-            cross_entropy=False,
-            fused_linear_cross_entropy=False,
-        )
-        log.info("Liger kernels: norms and rotary positions of %s", family)
+        return "no Liger kernels, liger-kernel is not installed"
+    if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"no Liger kernels for {family}"
+    _apply_liger_kernel_to_instance(
+        network,
+        rope=True,
+        rms_norm=True,
+        layer_norm=True,
+        swiglu=False,
+        geglu=False,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+    )
+    return "Liger's norms and rotary positions"

@@ -5,6 +5,7 @@ import types
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qlora.errors import UserError
@@ -63,6 +64,12 @@ def summed_nll(
     hidden: torch.Tensor, wanted: torch.Tensor, head: torch.nn.Module, softcap: float | None, items: Any
 ) -> torch.Tensor:
     """Sum of -log p(wanted) in nats over `items`, in float32; `hidden` is (positions, width), `wanted` (positions,)."""
+    if any(weight.requires_grad for weight in head.parameters()):  # a bias of the head that is learned too
+        tiles = [slice(start, start + TILE) for start in range(0, len(wanted), TILE)]
+        parts = [
+            checkpoint(_tile_nll, hidden[tile], wanted[tile], head, softcap, use_reentrant=False) for tile in tiles
+        ]
+        return torch.stack([hidden.sum() * 0, *parts]).sum() / items
     loss: torch.Tensor = _SummedNll.apply(hidden, wanted, head, softcap, items)
     return loss
 
@@ -79,19 +86,19 @@ class _SummedNll(torch.autograd.Function):
         for start in range(0, len(wanted), TILE):
             tile = slice(start, start + TILE)
             if gradients is None:
-                total += _tile_nll(hidden[tile], wanted[tile], head, softcap) / items
+                total += _tile_nll(hidden[tile], wanted[tile], head, softcap)
                 continue
             with torch.enable_grad():
                 leaf = hidden[tile].detach().requires_grad_()
-                part = _tile_nll(leaf, wanted[tile], head, softcap) / items
+                part = _tile_nll(leaf, wanted[tile], head, softcap)
             (gradients[tile],) = torch.autograd.grad(part, leaf)
             total += part.detach()
-        ctx.gradients = gradients
-        return total
+        ctx.gradients, ctx.items = gradients, items  # divided last: float16 would lose small ones before its scaling
+        return total / items
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return ctx.gradients.mul_(grad), None, None, None, None
+        return ctx.gradients * (grad / ctx.items), None, None, None, None
 
 
 def _tile_nll(

@@ -20,7 +20,12 @@ def dequantized(weight: Params4bit, dtype: torch.dtype) -> torch.Tensor:
     On a GPU all weights are written to one place, in the order of the stream: use each before asking for the next.
     """
     state = weight.quant_state
-    if nf4_triton is not None and weight.is_cuda and state.quant_type == "nf4":
+    if (
+        nf4_triton is not None
+        and weight.is_cuda
+        and state.quant_type == "nf4"
+        and not state.shape.numel() % state.blocksize
+    ):
         entries = state.shape.numel()
         room = _room.get((weight.device, dtype))
         if room is None or room.numel() < entries:

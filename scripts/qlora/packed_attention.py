@@ -1,7 +1,6 @@
 """Attention over packed rows, each row by itself: PyTorch's FlashAttention-2 (Dao, arXiv 2307.08691), on a GPU."""
 
 import inspect
-import logging
 from typing import Any
 
 import torch
@@ -15,20 +14,20 @@ NAME = "packed"
 FAMILIES = {"llama", "mistral", "gemma", "qwen2", "qwen3", "phi", "phi3", "smollm3"}
 GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # from torch 2.12
 
-log = logging.getLogger("qlora")
-
 
 def use_packed_attention(network: PreTrainedModel) -> bool:
-    """Let a network on a GPU take packed rows apart in attention itself, where its family can; tell whether."""
+    """Let a network on a GPU take packed rows apart in attention itself, where its family can; tell whether.
+
+    Other batches of it go through transformers' sdpa.
+    """
     family = network.config.model_type
-    covered = family in FAMILIES and network.config._attn_implementation == "sdpa"
+    config = network.config
+    covered = family in FAMILIES and config._attn_implementation == "sdpa" and not config.attention_dropout
     if not covered or not _flash() or network.dtype not in (torch.bfloat16, torch.float16):
-        log.info("attention: %s, masks keep packed rows apart", network.config._attn_implementation)
         return False
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     network.config._attn_implementation = NAME
-    log.info("attention: FlashAttention over each packed row (PyTorch's varlen_attn), sdpa for other batches")
     return True
 
 
@@ -70,9 +69,11 @@ def packed_attention(
     options: dict[str, Any] = {"enable_gqa": True} if groups > 1 and GROUPS_HEADS else {}
     if groups > 1 and not GROUPS_HEADS:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    q, k, v = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
+    # After a LayerNorm under autocast they are float32, which the kernel does not take.
+    half = torch.get_autocast_dtype("cuda") if query.dtype == torch.float32 else query.dtype
+    q, k, v = (heads.transpose(1, 2).flatten(0, 1).to(half) for heads in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     flat: Any = varlen.varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **options
     )
-    return flat.view(shape), None
+    return flat.view(shape).to(query.dtype), None

@@ -28,7 +28,7 @@ class StepGraph:
     """Calls `step(inputs, items)`, forward and backward, and replays it for each shape that comes again.
 
     Gradients add up in memory of their own, which each parameter's `grad` points to. The step must not wait for the
-    GPU, draw random numbers, or depend on Python values that change between calls.
+    GPU, restore a state of random numbers, or depend on Python values that change between calls.
     """
 
     def __init__(self, step: Step, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -36,7 +36,8 @@ class StepGraph:
         self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
         self.seen: dict[Any, int] = {}
         self.captured: dict[Any, Captured] = {}
-        self.pool: Any = None
+        # One pool: eager steps of another shape use the memory that a recording leaves between its replays.
+        self.pool = torch.cuda.MemPool()
         self.stream = torch.cuda.Stream()  # one for all steps: a recording may depend on no other
 
     def __call__(self, inputs: Inputs, items: torch.Tensor) -> torch.Tensor:
@@ -66,7 +67,7 @@ class StepGraph:
 
     def _eagerly(self, inputs: Inputs, items: torch.Tensor) -> torch.Tensor:
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
             loss = self.step(dict(inputs), items)
         torch.cuda.current_stream().wait_stream(self.stream)
         return loss
@@ -77,8 +78,7 @@ class StepGraph:
         gc.collect()
         torch.cuda.empty_cache()  # what the eager steps held would lie idle beside the graph's own memory
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):  # type: ignore[arg-type]
             loss = self.step(dict(own), count)
-        self.pool = graph.pool()
         log.info("step graph: recorded for %d tokens, %d learned", own["input_ids"].numel(), len(own["learned"]))
         return Captured(graph, own, count, loss)

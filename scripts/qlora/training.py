@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
@@ -44,7 +44,7 @@ class TokenCounter(TrainerCallback, ExportableState):
     def add(self, tokens: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch, given each row's tokens and the labels."""
         self.counts = self.counts.to(tokens.device, non_blocking=True)
-        self.counts += torch.stack([tokens.sum(), (labels != IGNORED).sum()])
+        self.counts += torch.stack([tokens.sum(), (labels[:, 1:] != IGNORED).sum()])
 
     @property
     def tokens(self) -> int:
@@ -86,6 +86,7 @@ class Trainer(SFTTrainer):
     samples: Samples
     batching: str
     graph: StepGraph | None = None
+    chosen: list[str]  # how it is computed, in words
     seconds = 0.0  # spent training, evaluations apart
     evaluating = 0.0  # seconds
 
@@ -217,8 +218,9 @@ def make_trainer(job: Job) -> Trainer:
     writer = SummaryWriter(job.tensorboard)
     network = load_quantized(job.model, settings["quantization"], job.device, job.attention)
     taken_apart = job.batching == "packed" and use_packed_attention(network)
-    if job.device != "cpu":
-        use_liger(network)
+    attention = "FlashAttention over each packed row" if taken_apart else network.config._attn_implementation
+    kernels = use_liger(network) if job.device != "cpu" else "no Liger kernels, there is no GPU"
+    random = draws(network) or settings["lora"]["dropout"] > 0
     add_supervised_loss(network)
     callbacks: list[TrainerCallback] = [TokenCounter(), TensorBoardCallback(writer)]
     if settings["patience"] is not None:
@@ -234,7 +236,7 @@ def make_trainer(job: Job) -> Trainer:
         collator = PackedBatch(rows, room, padding_id(tokenizer), most)
     trainer = Trainer(
         model=network,
-        args=training_arguments(job),
+        args=training_arguments(job, random),
         train_dataset=train,
         eval_dataset=validation if job.validated else None,
         processing_class=tokenizer,
@@ -248,32 +250,43 @@ def make_trainer(job: Job) -> Trainer:
         parameter.data = parameter.data.float()
     if settings["lora"]["init"] == "loftq":
         start_from_rounding(trainer.model, job.model)
-    log.info(fuse(trainer.model, settings["fp8"]))
-    reason = why_no_graph(job, taken_apart)
-    log.info("step graph: %s", reason or "each shape is recorded once and replayed")
+    several = trainer.accelerator.num_processes > 1
+    fused = "no fused LoRA, several processes" if several else fuse(trainer.model, settings["fp8"])
+    reason = "several processes" if several else why_no_graph(job, network, taken_apart, random)
     if reason is None:
         trainer.record_steps()
+    graph = "micro-steps recorded as CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
+    trainer.chosen = [f"attention: {attention}", kernels, fused, graph]
+    log.info("computed by %s", "; ".join(trainer.chosen))
     return trainer
 
 
-def why_no_graph(job: Job, taken_apart: bool) -> str | None:
+def draws(network: PreTrainedModel) -> bool:
+    """Whether the base itself drops activations at random in training."""
+    modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in network.modules())
+    return modules or bool(getattr(network.config, "attention_dropout", 0))
+
+
+def why_no_graph(job: Job, network: PreTrainedModel, taken_apart: bool, random: bool) -> str | None:
     """Why micro-steps are not recorded as CUDA graphs, or None where they are."""
     settings = job.settings
     if job.device == "cpu":
-        return "none, there is no GPU"
+        return "there is no GPU"
     if not taken_apart:
-        return "none, batches have no fixed shape (it wants packed rows and FlashAttention over them)"
+        return "batches have no fixed shape (it wants packed rows and FlashAttention over them)"
+    if any(kind in repr(getattr(network.config, "rope_parameters", "")) for kind in ("'dynamic'", "'longrope'")):
+        return "its rotary positions depend on lengths, for which it waits"
     if compute_dtype(settings["quantization"]["compute_dtype"], job.device) == torch.float16:
-        return "none, float16 needs its loss scaled step by step"
+        return "float16 needs its loss scaled step by step"
     if settings["lorentzian"]["weight"]:
-        return "none, the penalty depends on the micro-steps of a step"
-    if settings["checkpointing"] and settings["lora"]["dropout"]:
-        return "none, dropout with checkpointing restores random numbers"
+        return "the penalty depends on the micro-steps of a step"
+    if settings["checkpointing"] and random:
+        return "dropout with checkpointing restores random numbers"
     return None
 
 
-def training_arguments(job: Job) -> SFTConfig:
-    """The recipe in the trainer's own terms."""
+def training_arguments(job: Job, random: bool) -> SFTConfig:
+    """The recipe in the trainer's own terms; `random` says whether something is dropped in training."""
     settings, seed, device = job.settings, job.seed, job.device
     dtype = compute_dtype(settings["quantization"]["compute_dtype"], device)
     arguments = SFTConfig(
@@ -297,7 +310,7 @@ def training_arguments(job: Job) -> SFTConfig:
         gradient_checkpointing=settings["checkpointing"],
         gradient_checkpointing_kwargs={
             "use_reentrant": False,
-            "preserve_rng_state": settings["lora"]["dropout"] > 0,
+            "preserve_rng_state": random,
         },
         logging_steps=settings["log_steps"],
         eval_strategy="steps" if settings["eval_steps"] and job.validated else "no",

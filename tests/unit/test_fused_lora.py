@@ -138,6 +138,27 @@ def test_what_it_does_not_cover_is_left_to_peft_and_said(
         assert torch.equal(one, other)
 
 
+def test_a_bias_that_is_learned_is_left_to_peft(tmp_path: Path) -> None:
+    network = adapted(make_base(tmp_path / "base", "phi-2"), EXACT, bias="lora_only")
+    _, gradients = loss_and_gradients(network)
+    assert fuse(network) == "fused LoRA: none, PEFT's own computation (a bias that is learned)"
+    assert all(float(gradient.abs().max()) > 0 for gradient in gradients)
+
+
+def test_what_is_learned_is_seen_however_the_network_is_called(tmp_path: Path) -> None:
+    network = adapted(make_base(tmp_path / "base"), EXACT).eval()
+    fuse(network)
+    ids = IDS[:1].to(DEVICE)
+    with torch.no_grad():
+        for seed in (4, 5):
+            learn_at_random(network, seed)
+            base = network.get_base_model()(input_ids=ids).logits
+            torch.testing.assert_close(base, network(input_ids=ids).logits)
+            learn_at_random(network, seed + 10)
+            words = network.generate(input_ids=ids, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+            torch.testing.assert_close(words.logits[0], network(input_ids=ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
 def test_some_layers_without_an_adapter_are_left_as_they_are(tmp_path: Path) -> None:
     network = adapted(make_base(tmp_path / "base"), EXACT, target_modules=["q_proj", "v_proj", "up_proj"])
     loss, gradients = loss_and_gradients(network)

@@ -16,6 +16,7 @@ from tiny_models import QUANTIZATION, SETTINGS, make_base, make_rows, make_token
 from transformers import TrainerCallback
 
 from qlora.files import read_json, read_jsonl
+from qlora.loss import summed_nll
 from qlora.render import IGNORED
 from qlora.training import Job, Trainer, make_trainer
 
@@ -237,6 +238,36 @@ def test_gradients_are_clipped_and_epochs_counted(bench: Bench) -> None:
     trainer.train()
     assert trainer.state.global_step == 6  # two passes over 24 rows
     assert all(norm <= 1.0e-3 * 1.001 for norm in seen)
+
+
+@pytest.mark.parametrize("change", [{}, {"lora": {**SETTINGS["lora"], "bias": "all"}}], ids=["dropout", "biases"])
+def test_a_base_that_drops_or_learns_biases_is_recomputed_as_it_was(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Phi-2 drops one of ten activations, and has biases, the head's too."""
+    bench = Bench.__new__(Bench)
+    bench.root, bench.base = tmp_path, make_base(tmp_path / "base", "phi-2", resid_pdrop=0.1)
+    bench.tokens = make_tokens(tmp_path, bench.base, make_rows(tmp_path, train=8), "phi-2")
+    found = []
+    for checkpointing in (False, True):
+        trainer = bench.trainer(**ALL, batch_size=8, checkpointing=checkpointing, **change)
+        torch.manual_seed(5)
+        _, gradients = first_step(trainer)
+        found.append(gradients)
+        assert len(gradients) == len(trainer.trainable())
+        assert not change or all(float(gradient.abs().max()) > 0 for gradient in gradients)
+    close(*found)
+
+
+def test_half_precision_keeps_small_gradients_of_the_loss() -> None:
+    """As under a gradient scaler: the factor comes after the loss was divided by the step's many tokens."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(64, 3000, bias=False).half().requires_grad_(False)
+    hidden = torch.randn(256, 64, generator=generator).half().requires_grad_()
+    wanted = torch.randint(3000, (256,), generator=generator)
+    exact = hidden.detach().float().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(exact @ head.weight.float().t(), wanted, reduction="sum") / 65536
+    (truth,) = torch.autograd.grad(loss, exact)
+    (found,) = torch.autograd.grad(summed_nll(hidden, wanted, head, None, 65536) * 65536, hidden)
+    assert float((found.float() / 65536 - truth).norm() / truth.norm()) < 0.002
 
 
 def test_the_penalty_adds_its_gradient_once_a_step(eight: Bench) -> None:
