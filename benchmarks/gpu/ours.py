@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import Clock, callback
 
+from clock import Clock, callback
 from qlora import training
 from qlora.training import Job, make_trainer
 

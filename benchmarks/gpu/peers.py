@@ -142,8 +142,9 @@ def unsloth(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
 
 def _loaded(given: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
     import torch
-    from shapes import let_falcon_be_quantised
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shapes import let_falcon_be_quantised
 
     let_falcon_be_quantised()
     folder = given.folder / "model"

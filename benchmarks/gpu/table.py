@@ -68,11 +68,22 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
+def conditions(lines: Sequence[Line]) -> str:
+    """What it was measured on and with, and how fast the GPU ran at the end of each measurement."""
+    gpus = sorted({f"{line['gpu after']['name']} (limit {line['gpu after']['power.limit']})" for line in lines})
+    packages = sorted({f"{name} {version}" for line in lines for name, version in line["versions"].items()})
+    clocks = [float(line["gpu after"]["clocks.sm"].split()[0]) for line in lines]
+    stints = len({line["stint"] for line in lines})
+    clock = f"SM clock at the end {_spread(clocks, ',.0f')} MHz"
+    return f"{stints} stint{'s' if stints > 1 else ''} on {', '.join(gpus)}; {clock}; {', '.join(packages)}."
+
+
 def with_table(page: str, lines: Sequence[Line]) -> str:
     """The page with its table made anew."""
     begin, rest = page.split(BEGIN)
     _, end = rest.split(END)
-    return f"{begin}{BEGIN}\n{table(PLAN, lines)}\n{END}{end}"
+    found = conditions(lines) if lines else "Nothing was run yet."
+    return f"{begin}{BEGIN}\n{table(PLAN, lines)}\n\n{found}\n{END}{end}"
 
 
 if __name__ == "__main__":
