@@ -25,6 +25,7 @@ from table import Line, lines_of, table
 HERE = Path(__file__).parent
 ROUNDS = 3
 GUESS = 90.0  # seconds of a measurement before one was seen
+LIMIT = 240.0  # seconds of a measurement, so that one that hangs leaves time for others
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth")
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -58,9 +59,10 @@ def still(group: Group, lines: Sequence[Line], stint: int) -> list[Way]:
 
 
 def expected(group: Group, way: Way, lines: Sequence[Line]) -> float:
-    """Seconds that a measurement will take: the longest so far of the same, else of all."""
-    same = [line for line in lines if (line["group"], line["way"]) == (group.title, way.name)]
-    return max((line["wall seconds"] for line in same or lines), default=GUESS)
+    """Seconds that a measurement will take: the longest so far of the same, else of all that succeeded."""
+    done = [line for line in lines if "failed" not in line]
+    same = [line for line in done if (line["group"], line["way"]) == (group.title, way.name)]
+    return max((line["wall seconds"] for line in same or done), default=GUESS)
 
 
 def measure_all(
@@ -98,7 +100,9 @@ def measure_on_gpu(models: Path, group: Group, way: Way, seconds: float) -> Line
         if not (folder / "rows-mixed/card.json").is_file():  # what shapes.py writes last
             _call([sys.executable, str(HERE / "shapes.py"), group.shape, str(folder)], seconds)
             before, started = gpu(), time.monotonic()
-        found: Line = json.loads(_call(command(group, way, folder), end - time.monotonic()).splitlines()[-1])
+        seconds = min(end - started, LIMIT)
+        printed = _call(command(group, way, folder), seconds).splitlines()
+        found: Line = json.loads([line for line in printed if line.startswith('{"')][-1])  # peers print too
     except subprocess.TimeoutExpired as late:
         found = {"failed": f"cut off after {late.timeout:.0f} s"}
     except subprocess.CalledProcessError as failure:
@@ -120,7 +124,7 @@ def _call(arguments: Sequence[str], seconds: float) -> str:
             timeout=max(seconds, 1),
             check=True,
         )
-    return done.stdout.strip()
+    return done.stdout
 
 
 def gpu() -> dict[str, str]:
@@ -133,7 +137,9 @@ def gpu() -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """What is installed of the packages that decide the speed."""
-    installed = {found.name.lower(): found.version for found in metadata.distributions() if found.name}
+    installed = {
+        found.name.lower().replace("_", "-"): found.version for found in metadata.distributions() if found.name
+    }
     return {name: installed[name] for name in PACKAGES if name in installed}
 
 

@@ -89,6 +89,9 @@ def test_a_stint_stops_before_its_time_is_up_and_the_next_goes_on() -> None:
 def test_nothing_is_begun_that_would_not_end_in_time() -> None:
     assert Machine().stint([PAIR], seconds=run.GUESS - 1) == []
     assert len(Machine().stint([PAIR], seconds=run.GUESS)) == 1
+    failed = {"group": "pair", "way": "trl", "stint": 1, "round": 0, "failed": "cut off", "wall seconds": 500.0}
+    assert run.expected(PAIR, PAIR.ways[1], [failed]) == run.GUESS
+    assert run.expected(PAIR, PAIR.ways[1], [failed, line("ours", 1, 0, 9, **{"wall seconds": 70.0})]) == 70
 
 
 def test_what_failed_is_tried_once_a_stint_and_first_in_the_next() -> None:
@@ -173,7 +176,9 @@ def test_results_are_written_one_by_one_and_gone_on_from(
     machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run, "PLAN", [PAIR])
-    monkeypatch.setattr(run, "command", lambda *_: python(f"print('noise'); print('''{json.dumps(FIGURES)}''')"))
+    monkeypatch.setattr(
+        run, "command", lambda *_: python(f"print('noise'); print('''{json.dumps(FIGURES)}'''); print('bye')")
+    )
     old, new = machine / "old.jsonl", machine / "new.jsonl"
     old.write_text(json.dumps(line("ours", 1, 0, 7, **{"wall seconds": 1})) + "\n")
     options = ["--models", str(machine / "models"), "--out", str(new), "--resume", str(old)]
@@ -185,6 +190,12 @@ def test_results_are_written_one_by_one_and_gone_on_from(
     assert lines[1]["gpu after"]["clocks.sm"] == "1980 MHz"
     assert "torch" in lines[1]["versions"]
     assert "| pair | trl, batch 8 | 1,000 (1,000–1,000) |" in capsys.readouterr().out
+
+
+def test_a_measurement_that_hangs_leaves_time_for_others(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "LIMIT", 1.0)
+    monkeypatch.setattr(run, "command", lambda *_: python("import time; time.sleep(60)"))
+    assert run.measure_on_gpu(machine / "models", PAIR, PAIR.ways[0], 500.0)["failed"] == "cut off after 1 s"
 
 
 def test_a_way_is_called_with_all_that_it_is(tmp_path: Path) -> None:
