@@ -11,6 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers.models.falcon import modeling_falcon
 
 ROOM = 2048  # tokens of a packed row
 SHAPES = {
@@ -31,9 +32,15 @@ SHAPES = {
 }  # fmt: skip
 
 
+def let_falcon_be_quantised() -> None:
+    """Transformers quantises layers whose type is exactly nn.Linear, and Falcon's is a subclass that adds nothing."""
+    modeling_falcon.FalconLinear = torch.nn.Linear
+
+
 def make_model(shape: str, folder: Path, device: str) -> None:
     """Write a random model of `shape`, quantised as the workflow does it, and a tokenizer of as many ids."""
     config, whole = SHAPES[shape], folder.with_name(folder.name + "-bf16")
+    let_falcon_be_quantised()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -56,7 +63,7 @@ def make_model(shape: str, folder: Path, device: str) -> None:
 def make_rows(mix: str, vocabulary: int, tokens: int, folder: Path) -> None:
     """Write about `tokens` tokens of random rows, in the workflow's form and for peers.
 
-    `full`: every row has ROOM tokens. `mixed`: lengths are lognormal, median 300, σ 0.9, at most ROOM.
+    `full`: every row has ROOM tokens. `mixed`: lengths are lognormal, median 300, sigma 0.9, at most ROOM.
     """
     draw = random.Random(0)
     rows, written = [], 0
@@ -65,9 +72,7 @@ def make_rows(mix: str, vocabulary: int, tokens: int, folder: Path) -> None:
         rows.append([draw.randrange(3, vocabulary) for _ in range(length)])
         written += length
     folder.mkdir(parents=True)
-    table = pyarrow.table(
-        {"input_ids": rows, "labels": rows, "length": [len(row) for row in rows]},
-    )
+    table = pyarrow.table({"input_ids": rows, "labels": rows, "length": [len(row) for row in rows]})
     for split in ("train", "validation"):
         part = table if split == "train" else table.slice(0, 2)
         with (

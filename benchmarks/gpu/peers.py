@@ -1,0 +1,171 @@
+"""How others train the same: TRL, TRL packed, a notebook's way, Unsloth."""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from clock import Clock, callback
+
+Build = Callable[[dict[str, Any]], Any]  # a trainer, of the arguments that all have in common
+
+
+def trained(given: argparse.Namespace, clock: Clock, build: Build) -> dict[str, float]:
+    """Train, and count the tokens: those of the attention mask, or the labels where there is none."""
+    counts: list[Any] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build(
+            {
+                "output_dir": scratch,
+                "per_device_train_batch_size": given.batch,
+                "gradient_accumulation_steps": 1,
+                "max_steps": clock.steps,
+                "learning_rate": 1e-4,
+                "gradient_checkpointing": given.checkpointing,
+                "bf16": True,
+                "optim": given.optimizer,
+                "logging_steps": 10,
+                "report_to": [],
+                "save_strategy": "no",
+                "seed": 1,
+            }
+        )
+        original = trainer.training_step
+
+        def step(model: Any, inputs: Any, *args: Any, **rest: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            counts.append(mask.sum() if mask is not None and mask.dim() == 2 else (inputs["labels"] != -100).sum())
+            return original(model, inputs, *args, **rest)
+
+        trainer.training_step = step
+        trainer.add_callback(callback(clock))
+        trainer.train()
+    return clock.result(counts)
+
+
+def trl(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
+    """TRL as it comes: rows padded to the longest of their batch."""
+    network, tokenizer = _loaded(given)
+
+    def build(common: dict[str, Any]) -> Any:
+        from trl import SFTConfig, SFTTrainer
+
+        return SFTTrainer(
+            model=network,
+            args=SFTConfig(**common, max_length=2048),
+            train_dataset=_rows(given),
+            processing_class=tokenizer,
+            peft_config=_lora(given),
+        )
+
+    return trained(given, clock, build)
+
+
+def trl_packed(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
+    """TRL with packed rows, FlashAttention over them, and Liger's norm, RoPE and MLP; its loss is in tiles already."""
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    network, tokenizer = _loaded(given, attn_implementation="flash_attention_2")
+    _apply_liger_kernel_to_instance(network, cross_entropy=False, fused_linear_cross_entropy=False)
+
+    def build(common: dict[str, Any]) -> Any:
+        from trl import SFTConfig, SFTTrainer
+
+        return SFTTrainer(
+            model=network,
+            args=SFTConfig(**common, max_length=2048, packing=True, packing_strategy="bfd"),
+            train_dataset=_rows(given),
+            processing_class=tokenizer,
+            peft_config=_lora(given),
+        )
+
+    return trained(given, clock, build)
+
+
+def notebook(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
+    """As notebooks do: fp32 norms, embeddings and head, the plain Trainer, rows padded to 512, every token learned.
+
+    Longer rows are padded to the next multiple of 512 rather than cut, so that the work is the others'.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    network, tokenizer = _loaded(given)
+    network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=given.checkpointing)
+    network = get_peft_model(network, _lora(given))
+
+    def build(common: dict[str, Any]) -> Any:
+        return Trainer(
+            model=network,
+            args=TrainingArguments(**common),
+            train_dataset=_rows(given),
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=512),
+        )
+
+    return trained(given, clock, build)
+
+
+def unsloth(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
+    """Unsloth, packed by TRL."""
+    from unsloth import FastLanguageModel  # isort: skip (it changes what is imported after it)
+    from trl import SFTConfig, SFTTrainer
+
+    checkpointing = "unsloth" if given.checkpointing else False
+    network, tokenizer = FastLanguageModel.from_pretrained(
+        str(given.folder / "model"),
+        load_in_4bit=True,
+        max_seq_length=2048,
+        use_exact_model_name=True,
+        use_gradient_checkpointing=checkpointing,
+    )
+    network = FastLanguageModel.get_peft_model(
+        network,
+        r=given.rank,
+        lora_alpha=given.alpha,
+        lora_dropout=given.dropout,
+        bias="none",
+        target_modules=given.targets.split(","),
+        use_gradient_checkpointing=checkpointing,
+        max_seq_length=2048,
+    )
+
+    def build(common: dict[str, Any]) -> Any:
+        return SFTTrainer(
+            model=network,
+            args=SFTConfig(**common, max_length=2048, packing=True),
+            train_dataset=_rows(given),
+            processing_class=tokenizer,
+        )
+
+    return trained(given, clock, build)
+
+
+def _loaded(given: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shapes import let_falcon_be_quantised
+
+    let_falcon_be_quantised()
+    folder = given.folder / "model"
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0}, **options)
+    return network, AutoTokenizer.from_pretrained(folder)
+
+
+def _lora(given: argparse.Namespace) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=given.rank,
+        lora_alpha=given.alpha,
+        lora_dropout=given.dropout,
+        bias="none",
+        target_modules=given.targets.split(","),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _rows(given: argparse.Namespace) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_file(str(given.folder / f"rows-{given.rows}" / "train.arrow")).select_columns(["input_ids"])

@@ -1,0 +1,65 @@
+"""What is measured on a GPU, in this order: groups of ways to train that do the same work, and are compared."""
+
+from dataclasses import dataclass
+
+PHI = "q_proj,k_proj,v_proj,dense,fc1,fc2"
+FALCON = "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train, as one.py knows it, and its batch: rows, or packed rows of 2,048 tokens, a step."""
+
+    name: str
+    batch: int
+    checkpointing: bool = False
+    batching: str = "packed"  # of ours
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ways that are compared with the first of them. `targets`: the layers that get adapters, where not Llama's."""
+
+    title: str
+    shape: str
+    rows: str  # full or mixed, as shapes.py writes them
+    ways: tuple[Way, ...]
+    targets: str | None = None
+    steps: int = 24  # of which the first 8 are not counted
+
+
+def _alike(names: str, batch: int, checkpointing: bool = False) -> tuple[Way, ...]:
+    return tuple(Way(name, batch, checkpointing) for name in names.split())
+
+
+def _packed(name: str, shape: str) -> tuple[Group, ...]:
+    return (
+        Group(f"{name}, 4 × 2,048", shape, "full", _alike("ours unsloth trl-packed", 4)),
+        Group(f"{name}, 1 × 2,048", shape, "full", _alike("ours unsloth", 1), steps=64),
+        Group(f"{name}, 4 × 2,048, checkpointing", shape, "full", _alike("ours unsloth", 4, True)),
+    )
+
+
+PLAN = (
+    *_packed("Llama-2-7B", "llama-2-7b"),
+    Group("Llama-2-7B, 1 × 2,048, checkpointing", "llama-2-7b", "full", _alike("ours", 1, True), steps=64),
+    Group("Llama-2-7B, 4 × 2,048, FP8", "llama-2-7b", "full", _alike("ours-fp8 ours", 4)),
+    Group("Llama-2-7B, 1 × 2,048, FP8", "llama-2-7b", "full", _alike("ours-fp8 ours", 1), steps=64),
+    Group(
+        "Llama-2-7B, mixed lengths",
+        "llama-2-7b",
+        "mixed",
+        (*_alike("ours unsloth trl-packed", 4), Way("trl", 8), Way("notebook", 2, checkpointing=True)),
+    ),
+    *_packed("Mistral-7B", "mistral-7b"),
+    Group("Mistral-7B, mixed lengths", "mistral-7b", "mixed", _alike("ours unsloth trl-packed", 4)),
+    Group("Gemma-7B, 4 × 2,048", "gemma-7b", "full", _alike("ours trl-packed", 4)),
+    Group(
+        "Falcon-7B, mixed lengths",  # packing would mix its documents
+        "falcon-7b",
+        "mixed",
+        (Way("ours", 8, batching="grouped"), Way("trl", 8)),
+        targets=FALCON,
+    ),
+    Group("Phi-2, 4 × 2,048", "phi-2", "full", _alike("ours trl-packed", 4), targets=PHI),
+)

@@ -1,0 +1,173 @@
+"""Measure ways to train on this machine's GPU, in a stint that ends in time and that a later one goes on from.
+
+    python benchmarks/gpu/run.py --minutes 9 --out NEW.jsonl --resume OLD.jsonl
+
+Each measurement runs in a process of its own (one.py). Within a group of plan.py every way runs once a round, another
+one first each round, until there are three whole rounds; then the next group's turn comes. Every result, and every
+failure, is a line of JSON at once.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+from plan import PLAN, Group, Way
+from table import Line, lines_of, table
+
+HERE = Path(__file__).parent
+ROUNDS = 3
+GUESS = 90.0  # seconds of a measurement before one was seen
+LIMIT = 240.0  # seconds of a measurement, so that one that hangs leaves time for others
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth")
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+}
+Measure = Callable[[Group, Way, float], Line]  # within so many seconds; the figures, or {"failed": why}
+
+
+def order(group: Group, number: int, lines: Sequence[Line]) -> list[Way]:
+    """The ways of a group in its round `number`, another one first each time.
+
+    What has failed before leads, so that failing again costs no more than itself.
+    """
+    first = number % len(group.ways)
+    failed = {line["way"] for line in lines if line["group"] == group.title and "failed" in line}
+    return sorted(group.ways[first:] + group.ways[:first], key=lambda way: way.name not in failed)
+
+
+def still(group: Group, lines: Sequence[Line], stint: int) -> list[Way]:
+    """The ways of a group that did not fail in this stint; none where enough rounds have all of them."""
+    own = [line for line in lines if line["group"] == group.title]
+    failed = {line["way"] for line in own if "failed" in line and line["stint"] == stint}
+    rounds: dict[int, set[str]] = {}
+    for line in own:
+        rounds.setdefault(line["round"], set()).update(() if "failed" in line else (line["way"],))
+    ways = [way for way in group.ways if way.name not in failed]
+    whole = [measured for measured in rounds.values() if measured >= {way.name for way in ways}]
+    return ways if len(whole) < ROUNDS else []
+
+
+def expected(group: Group, way: Way, lines: Sequence[Line]) -> float:
+    """Seconds that a measurement will take: the longest so far of the same, else of all that succeeded."""
+    done = [line for line in lines if "failed" not in line]
+    same = [line for line in done if (line["group"], line["way"]) == (group.title, way.name)]
+    return max((line["wall seconds"] for line in same or done), default=GUESS)
+
+
+def measure_all(
+    plan: Sequence[Group], before: Sequence[Line], measure: Measure, left: Callable[[], float]
+) -> Iterator[Line]:
+    """Measure what `before` lacks while seconds are `left`; each line comes as soon as it is there."""
+    lines = list(before)
+    stint = 1 + max((line["stint"] for line in before), default=0)
+    for group in plan:
+        while still(group, lines, stint):
+            number = 1 + max((line["round"] for line in lines if line["group"] == group.title), default=-1)
+            for way in order(group, number, lines):
+                if way not in still(group, lines, stint):
+                    continue
+                if left() < expected(group, way, lines):
+                    return
+                about = {"stint": stint, "round": number, "group": group.title, "way": way.name}
+                lines.append({**about, **measure(group, way, left())})
+                yield lines[-1]
+
+
+def command(group: Group, way: Way, folder: Path) -> list[str]:
+    """How one.py is called for a way."""
+    options = ["--rows", group.rows, "--batch", str(way.batch), "--batching", way.batching, "--steps", str(group.steps)]
+    options += ["--checkpointing"] if way.checkpointing else []
+    options += ["--targets", group.targets] if group.targets else []
+    return [sys.executable, str(HERE / "one.py"), str(folder), way.name, *options]
+
+
+def measure_on_gpu(models: Path, group: Group, way: Way, seconds: float) -> Line:
+    """Measure a way in a process of its own, on a model that is made where `models` lacks it."""
+    end, folder = time.monotonic() + seconds, models / group.shape
+    before, started = gpu(), time.monotonic()
+    try:
+        if not (folder / "rows-mixed/card.json").is_file():  # what shapes.py writes last
+            _call([sys.executable, str(HERE / "shapes.py"), group.shape, str(folder)], seconds)
+            before, started = gpu(), time.monotonic()
+        seconds = min(end - started, LIMIT)
+        printed = _call(command(group, way, folder), seconds).splitlines()
+        found: Line = json.loads([line for line in printed if line.startswith('{"')][-1])  # peers print too
+    except subprocess.TimeoutExpired as late:
+        found = {"failed": f"cut off after {late.timeout:.0f} s"}
+    except subprocess.CalledProcessError as failure:
+        print(failure.stderr[-4000:], file=sys.stderr)
+        last = [line for line in failure.stderr.splitlines() if line.strip()][-1:]
+        found = {"failed": f"status {failure.returncode}: {''.join(last)[:300]}"}
+    wall = round(time.monotonic() - started, 1)
+    return {**found, "wall seconds": wall, "versions": versions(), "gpu before": before, "gpu after": gpu()}
+
+
+def _call(arguments: Sequence[str], seconds: float) -> str:
+    with tempfile.TemporaryDirectory() as scratch:  # peers leave files where they run
+        done = subprocess.run(
+            arguments,
+            cwd=scratch,
+            env={**os.environ, **OFFLINE},
+            capture_output=True,
+            text=True,
+            timeout=max(seconds, 1),
+            check=True,
+        )
+    return done.stdout
+
+
+def gpu() -> dict[str, str]:
+    """Name, SM clock, power and its limit, and temperature of the first GPU, as nvidia-smi says them."""
+    fields = "name,clocks.sm,power.draw,power.limit,temperature.gpu"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return dict(zip(fields.split(","), answer.strip().split(", "), strict=True))
+
+
+def versions() -> dict[str, str]:
+    """What is installed of the packages that decide the speed."""
+    installed = {
+        found.name.lower().replace("_", "-"): found.version for found in metadata.distributions() if found.name
+    }
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def main() -> None:
+    """Run a stint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0, help="that the stint may take")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", HERE)) / "results.jsonl")
+    parser.add_argument("--resume", type=Path, help="results to go on from; they are copied to --out first")
+    parser.add_argument("--models", type=Path, default=Path("/dev/shm/qlora-shapes"), help="where models are made")
+    given = parser.parse_args()
+    if given.resume and not given.resume.is_file():
+        parser.error(f"{given.resume}: no such file; a first stint has nothing to resume")
+    end = time.monotonic() + 60 * given.minutes
+    before = lines_of(given.resume or given.out)
+    text = "".join(json.dumps(line) + "\n" for line in before)
+    given.out.write_text(text, encoding="utf-8")
+    new = []
+    measure = partial(measure_on_gpu, given.models.resolve())
+    for line in measure_all(PLAN, before, measure, lambda: end - time.monotonic()):
+        with given.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(
+            line["group"], line["way"], line.get("failed") or f"{line['tokens per second']:,.0f} tokens/s", flush=True
+        )
+        new.append(line)
+    print(table(PLAN, before + new))
+
+
+if __name__ == "__main__":
+    main()

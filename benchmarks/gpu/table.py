@@ -1,0 +1,90 @@
+"""Write the table of docs/benchmarks.md from results.jsonl: `python benchmarks/gpu/table.py`."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plan import PLAN, Group, Way
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results.jsonl", HERE.parents[1] / "docs/benchmarks.md"
+BEGIN, END = "<!-- GPU: made by benchmarks/gpu/table.py from benchmarks/gpu/results.jsonl -->", "<!-- end of GPU -->"
+HEAD = "way, tokens/s, s a step, allocated GiB, reserved GiB, repeats, first way of the group against it"
+Line = dict[str, Any]
+
+
+def lines_of(path: Path) -> list[Line]:
+    """The results in a file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def ratios(lines: Sequence[Line], first: str, way: str) -> list[float]:
+    """Tokens/s of `first` over those of `way`, of each stint that measured both, as the median of its rounds' ratios.
+
+    `lines` are a group's. A round lies within one stint.
+    """
+    speeds = {(line["stint"], line["round"], line["way"]): line["tokens per second"] for line in _measured(lines)}
+    stints: dict[int, list[float]] = {}
+    for (stint, number, name), speed in speeds.items():
+        if name == way and (stint, number, first) in speeds:
+            stints.setdefault(stint, []).append(speeds[stint, number, first] / speed)
+    return [statistics.median(found) for found in stints.values()]
+
+
+def table(plan: Sequence[Group], lines: Sequence[Line]) -> str:
+    """All of the plan as Markdown: median (range) of the repeats; what failed or was not run says so."""
+    rows = ["| same work | " + HEAD.replace(", ", " | ") + " |", "|---" * 8 + "|"]
+    for group in plan:
+        own = [line for line in lines if line["group"] == group.title]
+        rows += ["| " + " | ".join([group.title, *_cells(group, way, own)]) + " |" for way in group.ways]
+    return "\n".join(rows)
+
+
+def _cells(group: Group, way: Way, lines: Sequence[Line]) -> list[str]:
+    name = f"{way.name}{f', batch {way.batch}' if way.batch != group.ways[0].batch else ''}"
+    mine = [line for line in lines if line["way"] == way.name]
+    found = _measured(mine)
+    if not found:
+        return [name, f"failed: {mine[-1]['failed']}".replace("|", "/") if mine else "not run", *[""] * 5]
+    first = group.ways[0]
+    against = [] if way == first else ratios(lines, first.name, way.name)
+    return [
+        name,
+        _spread([line["tokens per second"] for line in found], ",.0f"),
+        _spread([line["seconds a step"] for line in found], ".3f"),
+        *(f"{max(line[f'{kind} GiB'] for line in found):.1f}" for kind in ("allocated", "reserved")),
+        str(len(found)),
+        f"{statistics.median(against):.2f} ×" if against else "",
+    ]
+
+
+def _measured(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if "failed" not in line]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def conditions(lines: Sequence[Line]) -> str:
+    """What it was measured on and with, and how fast the GPU ran at the end of each measurement."""
+    gpus = sorted({f"{line['gpu after']['name']} (limit {line['gpu after']['power.limit']})" for line in lines})
+    packages = sorted({f"{name} {version}" for line in lines for name, version in line["versions"].items()})
+    clocks = [float(line["gpu after"]["clocks.sm"].split()[0]) for line in lines]
+    stints = len({line["stint"] for line in lines})
+    clock = f"SM clock at the end {_spread(clocks, ',.0f')} MHz"
+    return f"{stints} stint{'s' if stints > 1 else ''} on {', '.join(gpus)}; {clock}; {', '.join(packages)}."
+
+
+def with_table(page: str, lines: Sequence[Line]) -> str:
+    """The page with its table made anew."""
+    begin, rest = page.split(BEGIN)
+    _, end = rest.split(END)
+    found = conditions(lines) if lines else "Nothing was run yet."
+    return f"{begin}{BEGIN}\n{table(PLAN, lines)}\n\n{found}\n{END}{end}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), lines_of(RESULTS)), encoding="utf-8")

@@ -1,0 +1,205 @@
+"""Ways to train are measured by turns, in stints that end in time and go on; the table says what was measured."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import run
+from plan import PLAN, Group, Way
+from run import Line, measure_all
+from table import PAGE, RESULTS, conditions, lines_of, ratios, table, with_table
+
+FIGURES = {"tokens per second": 1000.0, "seconds a step": 0.5, "allocated GiB": 5.0, "reserved GiB": 6.0}
+PAIR = Group("pair", "tiny", "full", (Way("ours", 4), Way("trl", 8)))
+THREE = Group("three", "tiny", "mixed", (Way("ours", 4), Way("unsloth", 4), Way("notebook", 2)))
+
+
+class Machine:
+    """A clock of its own, on which each measurement takes `seconds`, and ways that fail."""
+
+    def __init__(self, seconds: float = 50.0, fails: Sequence[str] = ()) -> None:
+        self.seconds, self.fails, self.now = seconds, fails, 0.0
+
+    def measure(self, group: Group, way: Way, seconds: float) -> Line:
+        self.now += self.seconds
+        found = {"failed": "out of memory"} if way.name in self.fails else FIGURES
+        return {**found, "wall seconds": self.seconds}
+
+    def stint(self, plan: Sequence[Group], before: Sequence[Line] = (), seconds: float = 1e9) -> list[Line]:
+        self.now = 0.0
+        return list(measure_all(plan, before, self.measure, lambda: seconds - self.now))
+
+
+def ways(lines: Sequence[Line]) -> list[str]:
+    return [f"{line['group']} {line['round']} {line['way']}" for line in lines]
+
+
+def line(way: str, stint: int, number: int, speed: float, **more: Any) -> Line:
+    return {**FIGURES, "group": "pair", "way": way, "stint": stint, "round": number, "tokens per second": speed, **more}
+
+
+def test_the_plan_begins_with_what_matters_most() -> None:
+    first = PLAN[0]
+    assert (first.shape, first.rows, [way.name for way in first.ways]) == (
+        "llama-2-7b",
+        "full",
+        ["ours", "unsloth", "trl-packed"],
+    )
+    assert all(way.batch == 4 and not way.checkpointing for way in first.ways)
+    assert list(dict.fromkeys(group.shape for group in PLAN)) == [
+        "llama-2-7b",
+        "mistral-7b",
+        "gemma-7b",
+        "falcon-7b",
+        "phi-2",
+    ]
+
+
+def test_groups_and_their_ways_are_told_apart_by_name() -> None:
+    assert len({group.title for group in PLAN}) == len(PLAN)
+    for group in PLAN:
+        assert len({way.name for way in group.ways}) == len(group.ways)
+
+
+def test_each_round_begins_with_another_way_and_a_group_is_finished_before_the_next() -> None:
+    assert ways(Machine().stint([THREE, PAIR])) == [
+        *("three 0 ours", "three 0 unsloth", "three 0 notebook"),
+        *("three 1 unsloth", "three 1 notebook", "three 1 ours"),
+        *("three 2 notebook", "three 2 ours", "three 2 unsloth"),
+        *("pair 0 ours", "pair 0 trl", "pair 1 trl", "pair 1 ours", "pair 2 ours", "pair 2 trl"),
+    ]
+
+
+def test_a_stint_stops_before_its_time_is_up_and_the_next_goes_on() -> None:
+    machine = Machine(seconds=100.0)
+    first = machine.stint([PAIR], seconds=340)
+    assert machine.now == 300
+    assert ways(first) == ["pair 0 ours", "pair 0 trl", "pair 1 trl"]
+    second = machine.stint([PAIR], first)
+    assert ways(second) == ["pair 2 ours", "pair 2 trl", "pair 3 trl", "pair 3 ours"]  # round 1 was not whole
+    assert {line["stint"] for line in first} == {1}
+    assert {line["stint"] for line in second} == {2}
+    assert machine.stint([PAIR], first + second) == []
+
+
+def test_nothing_is_begun_that_would_not_end_in_time() -> None:
+    assert Machine().stint([PAIR], seconds=run.GUESS - 1) == []
+    assert len(Machine().stint([PAIR], seconds=run.GUESS)) == 1
+    failed = {"group": "pair", "way": "trl", "stint": 1, "round": 0, "failed": "cut off", "wall seconds": 500.0}
+    assert run.expected(PAIR, PAIR.ways[1], [failed]) == run.GUESS
+    assert run.expected(PAIR, PAIR.ways[1], [failed, line("ours", 1, 0, 9, **{"wall seconds": 70.0})]) == 70
+
+
+def test_what_failed_is_tried_once_a_stint_and_first_in_the_next() -> None:
+    broken, mended = Machine(fails=["unsloth"]), Machine()
+    first = broken.stint([THREE])
+    assert [line["way"] for line in first if "failed" in line] == ["unsloth"]
+    assert [line["way"] for line in first].count("ours") == 3
+    assert ways(broken.stint([THREE], first)) == ["three 3 unsloth"]
+    again = [line["way"] for line in mended.stint([THREE], first)]
+    assert again[0] == "unsloth"
+    assert again.count("unsloth") == again.count("ours") == 3
+
+
+def test_ratios_are_of_one_round_and_so_of_one_stint() -> None:
+    lines = [line("ours", 1, 0, 100), line("trl", 1, 0, 50), line("ours", 2, 1, 400), line("trl", 3, 2, 10)]
+    assert ratios(lines, "ours", "trl") == [2.0]
+    lines += [line("ours", 3, 2, 40), line("ours", 3, 3, 60), line("trl", 3, 3, 10)]
+    assert ratios(lines, "ours", "trl") == [2.0, 5.0]
+
+
+def test_the_table_has_medians_ranges_failures_and_gaps() -> None:
+    lines = [line("ours", 1, number, speed) for number, speed in enumerate((1000, 1200, 1100))]
+    lines += [line("trl", 1, number, 500) for number in range(3)]
+    failed = {"group": "three", "way": "unsloth", "stint": 1, "round": 0, "failed": "status 1: a | b"}
+    shown = table([PAIR, THREE], [*lines, failed]).splitlines()
+    assert shown[2:] == [
+        "| pair | ours | 1,100 (1,000–1,200) | 0.500 (0.500–0.500) | 5.0 | 6.0 | 3 |  |",
+        "| pair | trl, batch 8 | 500 (500–500) | 0.500 (0.500–0.500) | 5.0 | 6.0 | 3 | 2.20 × |",
+        "| three | ours | not run |  |  |  |  |  |",
+        "| three | unsloth | failed: status 1: a / b |  |  |  |  |  |",
+        "| three | notebook, batch 2 | not run |  |  |  |  |  |",
+    ]
+
+
+def test_the_page_says_what_was_measured_on() -> None:
+    about = {"name": "A card", "power.limit": "700 W"}
+    lines = [
+        {**line("ours", 1, 0, 9), "gpu after": {**about, "clocks.sm": f"{clock} MHz"}, "versions": {"torch": "2.11.0"}}
+        for clock in (1500, 1980, 1700)
+    ]
+    assert (
+        conditions(lines)
+        == "1 stint on A card (limit 700 W); SM clock at the end 1,700 (1,500–1,980) MHz; torch 2.11.0."
+    )
+
+
+def test_the_page_has_the_table_of_the_committed_results() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_table(page, lines_of(RESULTS)) == page, "run: .venv/bin/python benchmarks/gpu/table.py"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder where a model lies, and a GPU that says its clock."""
+    (tmp_path / "models/tiny/rows-mixed").mkdir(parents=True)
+    (tmp_path / "models/tiny/rows-mixed/card.json").touch()
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'A card, 1980 MHz, 300.12 W, 700.00 W, 40'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize(
+    ("code", "failed"),
+    [
+        ("import sys; sys.exit('one\\n\\nlast line\\n')", "status 1: last line"),
+        ("import time; time.sleep(60)", "cut off after 1 s"),
+    ],
+)
+def test_a_failed_measurement_says_why(machine: Path, monkeypatch: pytest.MonkeyPatch, code: str, failed: str) -> None:
+    monkeypatch.setattr(run, "command", lambda *_: python(code))
+    found = run.measure_on_gpu(machine / "models", PAIR, PAIR.ways[0], 1.0)
+    assert found["failed"] == failed
+    assert found["gpu before"]["power.limit"] == "700.00 W"
+
+
+def test_results_are_written_one_by_one_and_gone_on_from(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "PLAN", [PAIR])
+    monkeypatch.setattr(
+        run, "command", lambda *_: python(f"print('noise'); print('''{json.dumps(FIGURES)}'''); print('bye')")
+    )
+    old, new = machine / "old.jsonl", machine / "new.jsonl"
+    old.write_text(json.dumps(line("ours", 1, 0, 7, **{"wall seconds": 1})) + "\n")
+    options = ["--models", str(machine / "models"), "--out", str(new), "--resume", str(old)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *options])
+    run.main()
+    lines = lines_of(new)
+    assert lines[0] == lines_of(old)[0]
+    assert len(lines) == 7
+    assert lines[1]["gpu after"]["clocks.sm"] == "1980 MHz"
+    assert "torch" in lines[1]["versions"]
+    assert "| pair | trl, batch 8 | 1,000 (1,000–1,000) |" in capsys.readouterr().out
+
+
+def test_a_measurement_that_hangs_leaves_time_for_others(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "LIMIT", 1.0)
+    monkeypatch.setattr(run, "command", lambda *_: python("import time; time.sleep(60)"))
+    assert run.measure_on_gpu(machine / "models", PAIR, PAIR.ways[0], 500.0)["failed"] == "cut off after 1 s"
+
+
+def test_a_way_is_called_with_all_that_it_is(tmp_path: Path) -> None:
+    group = next(group for group in PLAN if group.shape == "falcon-7b")
+    called = " ".join(run.command(group, group.ways[0], tmp_path)[2:])
+    assert called.startswith(f"{tmp_path} ours --rows mixed --batch 8 --batching grouped --steps 24")
+    assert called.endswith("--targets query_key_value,dense,dense_h_to_4h,dense_4h_to_h")
