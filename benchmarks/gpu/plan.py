@@ -42,15 +42,15 @@ def _packed(name: str, shape: str) -> tuple[Group, ...]:
 
 PLAN = (
     *_packed("Llama-2-7B", "llama-2-7b"),
-    Group("Llama-2-7B, 1 × 2,048, checkpointing", "llama-2-7b", "full", _alike("ours", 1, True), steps=64),
     Group("Llama-2-7B, 4 × 2,048, FP8", "llama-2-7b", "full", _alike("ours-fp8 ours", 4)),
-    Group("Llama-2-7B, 1 × 2,048, FP8", "llama-2-7b", "full", _alike("ours-fp8 ours", 1), steps=64),
     Group(
         "Llama-2-7B, mixed lengths",
         "llama-2-7b",
         "mixed",
         (*_alike("ours unsloth trl-packed", 4), Way("trl", 8), Way("notebook", 2, checkpointing=True)),
     ),
+    Group("Llama-2-7B, 1 × 2,048, checkpointing", "llama-2-7b", "full", _alike("ours", 1, True), steps=64),
+    Group("Llama-2-7B, 1 × 2,048, FP8", "llama-2-7b", "full", _alike("ours-fp8 ours", 1), steps=64),
     *_packed("Mistral-7B", "mistral-7b"),
     Group("Mistral-7B, mixed lengths", "mistral-7b", "mixed", _alike("ours unsloth trl-packed", 4)),
     Group("Gemma-7B, 4 × 2,048", "gemma-7b", "full", _alike("ours trl-packed", 4)),
