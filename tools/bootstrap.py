@@ -19,6 +19,8 @@ CONSTRAINTS = ROOT / "constraints-cuda.lock"
 STAMP = VENV / "installed.lock"  # written last, so that it stands in a whole environment only
 
 SUPPORTED = "Linux x86-64 (glibc) with CPython 3.11 or 3.12 is needed"
+LIGER = "liger-kernel==0.8.5"  # norms and rotary positions on a GPU, where the build of torch brings Triton
+IS_CUDA_BUILD = "import sys, torch; sys.exit(torch.version.cuda is None)"
 FREE_GB = 4  # the CPU build's environment and its downloads
 NO_NETWORK = "The package index cannot be reached: check the network, and pip's index and proxy settings."
 CAUSES = (  # what the log says, what to do; the first that fits
@@ -73,6 +75,10 @@ def install(log: TextIO) -> int:
         status = subprocess.call(step, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         if status != 0:
             return status
+    if subprocess.call([python, "-c", IS_CUDA_BUILD], stderr=log) == 0:  # its Triton is what Liger needs
+        log.write(f"$ pip install --no-deps {LIGER}\n")
+        log.flush()
+        return subprocess.call([*pip, "install", "--no-deps", LIGER], stdout=log, stderr=subprocess.STDOUT)
     return 0
 
 

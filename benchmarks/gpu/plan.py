@@ -34,7 +34,7 @@ def _alike(names: str, batch: int, checkpointing: bool = False) -> tuple[Way, ..
 
 def _packed(name: str, shape: str) -> tuple[Group, ...]:
     return (
-        Group(f"{name}, 4 × 2,048", shape, "full", _alike("ours unsloth trl-packed", 4)),
+        Group(f"{name}, 4 × 2,048", shape, "full", _alike("ours unsloth ours-fp8 trl-packed", 4)),
         Group(f"{name}, 1 × 2,048", shape, "full", _alike("ours unsloth", 1), steps=64),
         Group(f"{name}, 4 × 2,048, checkpointing", shape, "full", _alike("ours unsloth", 4, True)),
     )
@@ -42,7 +42,6 @@ def _packed(name: str, shape: str) -> tuple[Group, ...]:
 
 PLAN = (
     *_packed("Llama-2-7B", "llama-2-7b"),
-    Group("Llama-2-7B, 4 × 2,048, FP8", "llama-2-7b", "full", _alike("ours-fp8 ours", 4)),
     Group(
         "Llama-2-7B, mixed lengths",
         "llama-2-7b",

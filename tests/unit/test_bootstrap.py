@@ -107,6 +107,19 @@ def install(folder: Path, requirements: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def test_an_environment_of_another_folder_is_left_alone(tmp_path):
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "bootstrap.py", tmp_path / "tools")
+    (tmp_path / "constraints-cuda.lock").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "installed.lock").write_text("another lock")
+    (tmp_path / ".venv").symlink_to("other")
+    done = install(tmp_path, "# first\n")
+    assert done.returncode == 2
+    assert "remove the link" in done.stderr
+    assert (tmp_path / "other" / "installed.lock").read_text() == "another lock"
+
+
 @pytest.mark.slow
 def test_an_environment_is_remade_when_it_is_not_whole_or_not_this_lock(tmp_path):
     (tmp_path / "tools").mkdir()

@@ -47,7 +47,7 @@ def test_the_plan_begins_with_what_matters_most() -> None:
     assert (first.shape, first.rows, [way.name for way in first.ways]) == (
         "llama-2-7b",
         "full",
-        ["ours", "unsloth", "trl-packed"],
+        ["ours", "unsloth", "ours-fp8", "trl-packed"],
     )
     assert all(way.batch == 4 and not way.checkpointing for way in first.ways)
     assert list(dict.fromkeys(group.shape for group in PLAN)) == [

@@ -55,6 +55,8 @@ def imported_packages(scripts: set[Path]) -> set[str]:
                 names.add(node.module.split(".")[0])
     ours = {path.stem for path in (ROOT / "scripts").iterdir()}
     distributions = metadata.packages_distributions()
+    # Triton comes with the CUDA build of torch, and Liger with Triton (tools/bootstrap.py): without them there is torch.
+    names -= {"triton", "liger_kernel"}
     return {lock.normalised(distributions[name][0]) for name in names - sys.stdlib_module_names - ours}
 
 
