@@ -60,7 +60,12 @@ def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) ->
         )
     below = path if path.is_dir() else path.parent
     for file in files_below(path):
-        shutil.copyfile(file, _place(file, below, folder))
+        if file == path / "source.json":  # what an earlier download said of the folder: ours says it anew
+            log.info("%s is left out", file)
+        elif file.name == "source.json" and file.parent == below:
+            raise UserError(f"{kind}.{name}: {file}: this name is that of the workflow's own record; rename the file")
+        else:
+            shutil.copyfile(file, _place(file, below, folder))
 
 
 def _snapshot(kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> Path:

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(base, tokens, make_preflight(base), run, max_steps=30, eval_steps=None, save_steps=500, learning_rate=1e-2)
     for name, adapter in (("tuned", run / "adapter"), ("base", None)):
         predict_rows(
-            *(base, [dataset], here / f"{name}.jsonl", adapter),
+            *(base, [dataset], here / f"{name}.jsonl", adapter, run / "run.json" if adapter else None),
             **{"form": FORM, "quantization": QUANTIZATION, "attention": "sdpa", "device": "cpu", "threads": 1},
             **{"shots": 0, "max_new_tokens": 12, "batch_size": 1},
         )

@@ -44,6 +44,23 @@ def test_local_folder_is_copied_and_recorded(tmp_path):
     }
 
 
+def test_a_local_folder_that_a_download_wrote_gets_a_record_of_its_own(tmp_path):
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "a.csv").write_text("x\n1\n")
+    (given / "source.json").write_text("{}")
+    source = {"path": str(given), "sha256": sha256_of(given)}
+    download_source(tmp_path / "out", "datasets", "mine", source, [])
+    assert read_json(tmp_path / "out" / "source.json")["source"] == source
+    assert list(read_json(tmp_path / "out" / "source.json")["files"]) == ["a.csv"]
+
+
+def test_a_local_file_of_the_record_s_own_name_is_refused(tmp_path):
+    given = tmp_path / "source.json"
+    given.write_text("[]")
+    assert "rename the file" in refusal(tmp_path, "datasets", {"path": str(given), "sha256": sha256_of(given)})
+
+
 def test_local_file_is_copied_into_a_folder(tmp_path):
     given = tmp_path / "rows.csv"
     given.write_text("x\n1\n")
