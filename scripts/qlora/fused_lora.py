@@ -1,7 +1,8 @@
 """LoRA over frozen 4-bit layers as few operations: the products added in place, nothing saved that can be had again.
 
 PEFT keeps the layers, their weights and their names; only how they are computed changes. The mathematics is that of
-LoRA (arXiv 2106.09685): y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with W dequantised for each product and forgotten after it.
+LoRA (arXiv 2106.09685): y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with W dequantised for each product and forgotten after it. Where
+one kernel does both, W is made whole as W + s B A, rounded once: then the layer's products are those of W alone.
 """
 
 import types
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora import fp8
 from qlora.activations import Activation, activation_of
-from qlora.nf4 import dequantized, make_room
+from qlora.nf4 import can_add, dequantized, make_room
 
 # Modules that compute down(act(gate(x)) * up(x)) and nothing else; another family's is left to its own forward.
 GATED = {"LlamaMLP", "MistralMLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP"}
@@ -41,6 +42,7 @@ class Group:
         self.scaled_a = torch.empty_like(self.a)
         self.bs = [torch.empty_like(b, dtype=self.dtype) for b in self.learned_b]  # (out, rank) each
         self.scaled_bs = [torch.empty_like(b) for b in self.bs]
+        self.added = not in_fp8 and all(can_add(module.base_layer.weight) for module in modules)
 
     @property
     def learned(self) -> list[Tensor]:
@@ -48,8 +50,9 @@ class Group:
         return [weight for pair in zip(self.learned_a, self.learned_b, strict=True) for weight in pair]
 
     def weight(self, place: int) -> Tensor:
-        """W (out, in) of one layer, until the next is asked for."""
-        return dequantized(self.modules[place].base_layer.weight, self.dtype)
+        """W (out, in) of one layer, or W + s B A where adapters are `added`, until the next is asked for."""
+        adapter = (self.bs[place], self.scaled_a.split(self.ranks)[place]) if self.added else None
+        return dequantized(self.modules[place].base_layer.weight, self.dtype, adapter)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each layer's output (tokens, out) for `x` (tokens, in), and s x Aᵀ of all (tokens, sum of ranks)."""
@@ -57,7 +60,12 @@ class Group:
         frozen = fp8.products(self.fp8, x) if self.fp8 else None
         outputs = []
         for place, (part, b) in enumerate(zip(narrow.split(self.ranks, dim=1), self.bs, strict=True)):
-            output = frozen[place].addmm_(part, b.t()) if frozen else (part @ b.t()).addmm_(x, self.weight(place).t())
+            if frozen:
+                output = frozen[place].addmm_(part, b.t())
+            elif self.added:
+                output = x @ self.weight(place).t()
+            else:
+                output = (part @ b.t()).addmm_(x, self.weight(place).t())
             bias = self.modules[place].base_layer.bias
             outputs.append(output if bias is None else output.add_(bias))
         return outputs, narrow
@@ -69,9 +77,9 @@ class Group:
             return None, below
         if self.fp8:
             return fp8.gradient(self.fp8, grads).addmm_(below, self.a), below
-        of_x = below @ self.a
+        of_x = None if self.added else below @ self.a
         for place, grad in enumerate(grads):
-            of_x.addmm_(grad, self.weight(place))
+            of_x = grad @ self.weight(place) if of_x is None else of_x.addmm_(grad, self.weight(place))
         return of_x, below
 
     def adapter_gradients(self, x: Tensor, narrow: Tensor, below: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:

@@ -12,6 +12,11 @@ from qlora.errors import UserError
 from qlora.packed_attention import no_mask
 from qlora.render import IGNORED
 
+try:
+    from qlora import nll_triton
+except ImportError:  # Triton comes with the CUDA build of torch alone
+    nll_triton = None  # type: ignore[assignment]
+
 TILE = 2048  # positions whose logits exist at a time
 
 
@@ -88,17 +93,31 @@ class _SummedNll(torch.autograd.Function):
             if gradients is None:
                 total += _tile_nll(hidden[tile], wanted[tile], head, softcap)
                 continue
-            with torch.enable_grad():
-                leaf = hidden[tile].detach().requires_grad_()
-                part = _tile_nll(leaf, wanted[tile], head, softcap)
-            (gradients[tile],) = torch.autograd.grad(part, leaf)
-            total += part.detach()
+            part, gradients[tile] = _tile_gradient(hidden[tile], wanted[tile], head, softcap)
+            total += part
         ctx.gradients, ctx.items = gradients, items  # divided last: float16 would lose small ones before its scaling
         return total / items
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         return ctx.gradients * (grad / ctx.items), None, None, None, None
+
+
+def _tile_gradient(
+    hidden: torch.Tensor, wanted: torch.Tensor, head: torch.nn.Module, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of a tile, and the gradient of `hidden`."""
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        if nll_triton is None or not hidden.is_cuda:
+            part = _tile_nll(leaf, wanted, head, softcap)
+            (gradient,) = torch.autograd.grad(part, leaf)
+            return part.detach(), gradient
+        logits = head(leaf)
+    of_logits = logits.detach()
+    part = nll_triton.nll_and_gradient(of_logits, wanted, softcap).sum()
+    (gradient,) = torch.autograd.grad(logits, leaf, of_logits)
+    return part, gradient
 
 
 def _tile_nll(

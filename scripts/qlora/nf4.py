@@ -14,8 +14,19 @@ except ImportError:  # Triton comes with the CUDA build of torch alone
 _room: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
-def dequantized(weight: Params4bit, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as a matrix (out, in) of `dtype`, valid until the next call.
+Adapter = tuple[torch.Tensor, torch.Tensor]  # B (out, rank) and A (rank, in), the scaling in one of them
+
+
+def can_add(weight: Params4bit) -> bool:
+    """Whether an adapter can be added to a weight in the pass that makes it whole."""
+    state = weight.quant_state
+    return (
+        nf4_triton is not None and weight.is_cuda and state.quant_type == "nf4" and not state.shape[1] % state.blocksize
+    )
+
+
+def dequantized(weight: Params4bit, dtype: torch.dtype, adapter: Adapter | None = None) -> torch.Tensor:
+    """The weight as a matrix (out, in) of `dtype`, valid until the next call; plus B A of an adapter that `can_add`.
 
     On a GPU all weights are written to one place, in the order of the stream: use each before asking for the next.
     """
@@ -30,7 +41,10 @@ def dequantized(weight: Params4bit, dtype: torch.dtype) -> torch.Tensor:
         room = _room.get((weight.device, dtype))
         if room is None or room.numel() < entries:
             room = _room[weight.device, dtype] = torch.empty(entries, device=weight.device, dtype=dtype)
-        return nf4_triton.dequantize(weight.data, state, room[:entries].view(state.shape))
+        whole = room[:entries].view(state.shape)
+        if adapter is not None:
+            return nf4_triton.add_adapter(weight.data, state, *adapter, whole)
+        return nf4_triton.dequantize(weight.data, state, whole)
     return dequantize_4bit(weight.data, state).to(dtype)
 
 

@@ -6,6 +6,8 @@ import triton.language as tl
 from bitsandbytes.functional import QuantState
 
 BLOCKS = 32  # quantisation blocks a program
+ROWS = 64  # of a weight a program that adds an adapter; one block of each
+RANKS = 16  # of an adapter at a time, the fewest that a matrix product takes
 
 
 @triton.jit
@@ -60,6 +62,71 @@ def dequantize(packed: torch.Tensor, state: QuantState, whole: torch.Tensor) -> 
         group_size=state.state2.blocksize if state.nested else 1,
         double=state.nested,
         step=BLOCKS,
+    )
+    return whole
+
+
+@triton.jit
+def _add_adapter(
+    packed,
+    whole,
+    code,
+    scales,
+    scale_code,
+    outer,
+    offset,
+    b,
+    a,
+    height,
+    width,
+    rank: tl.constexpr,
+    size: tl.constexpr,
+    group_size: tl.constexpr,
+    double: tl.constexpr,
+    rows: tl.constexpr,
+    ranks: tl.constexpr,
+    precision: tl.constexpr,
+):
+    row = tl.program_id(1) * rows + tl.arange(0, rows)
+    inside = row < height
+    block = row.to(tl.int64) * (width // size) + tl.program_id(0)
+    scale = scale_of(scales, block, inside, scale_code, outer, offset, group_size, double)[:, None]
+    half: tl.constexpr = size // 2
+    place = block[:, None] * half + tl.arange(0, half)[None, :]
+    pair = tl.load(packed + place, mask=inside[:, None], other=0).to(tl.int32)
+    values = tl.interleave(tl.load(code + (pair >> 4)) * scale, tl.load(code + (pair & 15)) * scale)
+    column = tl.program_id(0) * size + tl.arange(0, size)
+    for first in range(0, rank, ranks):
+        index = first + tl.arange(0, ranks)
+        left = tl.load(
+            b + row[:, None] * rank + index[None, :], mask=inside[:, None] & (index < rank)[None, :], other=0.0
+        )
+        right = tl.load(a + index[:, None] * width + column[None, :], mask=(index < rank)[:, None], other=0.0)
+        values += tl.dot(left, right, input_precision=precision)
+    place = block[:, None] * size + tl.arange(0, size)[None, :]
+    tl.store(whole + place, values.to(whole.dtype.element_ty), mask=inside[:, None])
+
+
+def add_adapter(
+    packed: torch.Tensor, state: QuantState, b: torch.Tensor, a: torch.Tensor, whole: torch.Tensor
+) -> torch.Tensor:
+    """As `dequantize`, plus b (out, rank) times a (rank, in), summed in float32 and rounded once."""
+    height, width = whole.shape
+    _add_adapter[(width // state.blocksize, triton.cdiv(height, ROWS))](
+        packed,
+        whole,
+        *tables(state),
+        b,
+        a,
+        height,
+        width,
+        b.shape[1],
+        size=state.blocksize,
+        group_size=state.state2.blocksize if state.nested else 1,
+        double=state.nested,
+        rows=ROWS,
+        ranks=RANKS,
+        precision="ieee",
     )
     return whole
 

@@ -13,8 +13,9 @@ from tiny_models import QUANTIZATION, SETTINGS, layers_in_4_bits, make_base, mak
 
 from qlora import fp8
 from qlora.batches import PackedBatch
-from qlora.loss import TILE, add_supervised_loss
+from qlora.loss import TILE, add_supervised_loss, summed_nll
 from qlora.models import load_quantized
+from qlora.nf4 import can_add, dequantized
 from qlora.packed_attention import NAME, use_packed_attention
 from qlora.render import IGNORED
 from qlora.training import Trainer
@@ -24,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 HALF = {**QUANTIZATION, "compute_dtype": "bfloat16"}
+EXACT = {**QUANTIZATION, "compute_dtype": "float32"}
 LENGTHS = (17, 30, 9)
 
 
@@ -153,6 +155,37 @@ def test_recorded_steps_learn_as_eager_ones_do(bench: Bench) -> None:
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0][-1] < 0.5 * losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [4, 16, 40])
+def test_an_adapter_added_to_a_weight_is_rounded_once(dtype: torch.dtype, rank: int, tmp_path: Path) -> None:
+    network = load_quantized(make_base(tmp_path / "base"), EXACT, "cuda", "sdpa")
+    generator = torch.Generator().manual_seed(2)
+    for layer in layers_in_4_bits(network):
+        assert can_add(layer.weight)
+        exact = dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+        b, a = (torch.randn(size, rank, generator=generator).cuda().to(dtype) for size in exact.shape)
+        exact = exact + b.double() @ a.double().t()
+        found = dequantized(layer.weight, dtype, (b, a.t().contiguous())).double()
+        step = max(torch.finfo(dtype).eps / 2, 2e-6)
+        torch.testing.assert_close(found, exact, rtol=1.01 * step, atol=2e-6 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("labels", [300, 32000])
+def test_the_loss_and_its_gradient_are_those_of_pytorch(labels: int, softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(2)
+    head = torch.nn.Linear(64, labels, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    head.weight.copy_(torch.randn(labels, 64, generator=generator))
+    hidden = torch.randn(TILE + 100, 64, generator=generator).cuda().bfloat16().requires_grad_()
+    wanted = torch.randint(0, labels, (len(hidden),), generator=generator).cuda()
+    found = summed_nll(hidden, wanted, head, softcap, len(wanted))
+    logits = (hidden.double() @ head.weight.double().t()).bfloat16().double()
+    expected = torch.nn.functional.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, wanted)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+    gradients = [torch.autograd.grad(loss, hidden)[0].float() for loss in (found, expected)]
+    assert distance(gradients[:1], gradients[1:]) < 0.01
 
 
 def test_products_in_fp8_are_those_of_rounded_rows(tmp_path: Path) -> None:
