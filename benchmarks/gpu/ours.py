@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 
 from clock import Clock, callback
 from qlora import training
-from qlora.training import Job, make_trainer
+from qlora.training import Job, Trainer, learned, make_trainer
 
 
 def ours(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
-    """Train as it comes (`ours`), with FP8 products, without the step graph, or with PEFT's computation."""
+    """Train as it comes (`ours`), with FP8 products, without the step graph, with PEFT's computation, or in a loop."""
     if given.way == "ours-peft":
         training.fuse = lambda _: "PEFT's own computation, asked for"
     if given.way in ("ours-peft", "ours-eager"):
@@ -33,6 +34,8 @@ def ours(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
                 tensorboard=scratch,
             )
         )
+        if given.way == "ours-loop":
+            return clock.result(loop(trainer, clock))
         trainer.add_callback(callback(clock))
         counter = trainer.counter()
         add = counter.add
@@ -45,6 +48,20 @@ def ours(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {**clock.result(counts), "last loss": losses[-1]}
+
+
+def loop(trainer: Trainer, clock: Clock) -> list[torch.Tensor]:
+    """The same recorded steps and optimiser in a plain loop, which does nothing else; gives each step's tokens."""
+    trainer.create_optimizer_and_scheduler(clock.steps)
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model.train())  # as the trainer does it
+    counts: list[torch.Tensor] = []
+    for number, batch in enumerate(islice(trainer.get_train_dataloader(), clock.steps), start=1):
+        counts.append(batch.pop("tokens"))
+        trainer.graph(batch, learned(batch))
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        clock.at(number)
+    return counts
 
 
 def recipe(given: argparse.Namespace, steps: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def _alike(names: str, batch: int, checkpointing: bool = False) -> tuple[Way, ..
 
 def _packed(name: str, shape: str) -> tuple[Group, ...]:
     return (
-        Group(f"{name}, 4 × 2,048", shape, "full", _alike("ours unsloth ours-fp8 trl-packed", 4)),
+        Group(f"{name}, 4 × 2,048", shape, "full", _alike("ours unsloth ours-fp8 ours-loop trl-packed", 4)),
         Group(f"{name}, 1 × 2,048", shape, "full", _alike("ours unsloth", 1), steps=64),
         Group(f"{name}, 4 × 2,048, checkpointing", shape, "full", _alike("ours unsloth", 4, True)),
     )

@@ -3,7 +3,7 @@
     python benchmarks/gpu/run.py --minutes 9 --out NEW.jsonl --resume OLD.jsonl
 
 Each measurement runs in a process of its own (one.py). Within a group of plan.py every way runs once a round, another
-one first each round, until there are three whole rounds; then the next group's turn comes. Every result, and every
+one first each round, until there are enough whole rounds; then the next group's turn comes. Every result, and every
 failure, is a line of JSON at once.
 """
 
@@ -46,7 +46,7 @@ def order(group: Group, number: int, lines: Sequence[Line]) -> list[Way]:
     return sorted(group.ways[first:] + group.ways[:first], key=lambda way: way.name not in failed)
 
 
-def still(group: Group, lines: Sequence[Line], stint: int) -> list[Way]:
+def still(group: Group, lines: Sequence[Line], stint: int, enough: int = ROUNDS) -> list[Way]:
     """The ways of a group that did not fail in this stint; none where enough rounds have all of them."""
     own = [line for line in lines if line["group"] == group.title]
     failed = {line["way"] for line in own if "failed" in line and line["stint"] == stint}
@@ -55,7 +55,7 @@ def still(group: Group, lines: Sequence[Line], stint: int) -> list[Way]:
         rounds.setdefault(line["round"], set()).update(() if "failed" in line else (line["way"],))
     ways = [way for way in group.ways if way.name not in failed]
     whole = [measured for measured in rounds.values() if measured >= {way.name for way in ways}]
-    return ways if len(whole) < ROUNDS else []
+    return ways if len(whole) < enough else []
 
 
 def expected(group: Group, way: Way, lines: Sequence[Line]) -> float:
@@ -66,16 +66,16 @@ def expected(group: Group, way: Way, lines: Sequence[Line]) -> float:
 
 
 def measure_all(
-    plan: Sequence[Group], before: Sequence[Line], measure: Measure, left: Callable[[], float]
+    plan: Sequence[Group], before: Sequence[Line], measure: Measure, left: Callable[[], float], enough: int = ROUNDS
 ) -> Iterator[Line]:
     """Measure what `before` lacks while seconds are `left`; each line comes as soon as it is there."""
     lines = list(before)
     stint = 1 + max((line["stint"] for line in before), default=0)
     for group in plan:
-        while still(group, lines, stint):
+        while still(group, lines, stint, enough):
             number = 1 + max((line["round"] for line in lines if line["group"] == group.title), default=-1)
             for way in order(group, number, lines):
-                if way not in still(group, lines, stint):
+                if way not in still(group, lines, stint, enough):
                     continue
                 if left() < expected(group, way, lines):
                     return
@@ -149,6 +149,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="that the stint may take")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", HERE)) / "results.jsonl")
     parser.add_argument("--resume", type=Path, help="results to go on from; they are copied to --out first")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="that are enough")
+    parser.add_argument("--only", default="", help="groups whose title has this in it")
     parser.add_argument("--models", type=Path, default=Path("/dev/shm/qlora-shapes"), help="where models are made")
     given = parser.parse_args()
     if given.resume and not given.resume.is_file():
@@ -159,7 +161,10 @@ def main() -> None:
     given.out.write_text(text, encoding="utf-8")
     new = []
     measure = partial(measure_on_gpu, given.models.resolve())
-    for line in measure_all(PLAN, before, measure, lambda: end - time.monotonic()):
+    plan = [group for group in PLAN if given.only in group.title]
+    if not plan:
+        parser.error(f"--only {given.only}: no group's title has it; there are {'; '.join(g.title for g in PLAN)}")
+    for line in measure_all(plan, before, measure, lambda: end - time.monotonic(), given.rounds):
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(

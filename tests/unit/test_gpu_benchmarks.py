@@ -29,9 +29,11 @@ class Machine:
         found = {"failed": "out of memory"} if way.name in self.fails else FIGURES
         return {**found, "wall seconds": self.seconds}
 
-    def stint(self, plan: Sequence[Group], before: Sequence[Line] = (), seconds: float = 1e9) -> list[Line]:
+    def stint(
+        self, plan: Sequence[Group], before: Sequence[Line] = (), seconds: float = 1e9, enough: int = 3
+    ) -> list[Line]:
         self.now = 0.0
-        return list(measure_all(plan, before, self.measure, lambda: seconds - self.now))
+        return list(measure_all(plan, before, self.measure, lambda: seconds - self.now, enough))
 
 
 def ways(lines: Sequence[Line]) -> list[str]:
@@ -47,7 +49,7 @@ def test_the_plan_begins_with_what_matters_most() -> None:
     assert (first.shape, first.rows, [way.name for way in first.ways]) == (
         "llama-2-7b",
         "full",
-        ["ours", "unsloth", "ours-fp8", "trl-packed"],
+        ["ours", "unsloth", "ours-fp8", "ours-loop", "trl-packed"],
     )
     assert all(way.batch == 4 and not way.checkpointing for way in first.ways)
     assert list(dict.fromkeys(group.shape for group in PLAN)) == [
@@ -72,6 +74,12 @@ def test_each_round_begins_with_another_way_and_a_group_is_finished_before_the_n
         *("three 2 notebook", "three 2 ours", "three 2 unsloth"),
         *("pair 0 ours", "pair 0 trl", "pair 1 trl", "pair 1 ours", "pair 2 ours", "pair 2 trl"),
     ]
+
+
+def test_fewer_rounds_may_be_enough_and_count_towards_more() -> None:
+    once = Machine().stint([PAIR, THREE], enough=1)
+    assert [(line["group"], line["round"]) for line in once] == [("pair", 0)] * 2 + [("three", 0)] * 3
+    assert [line["round"] for line in Machine().stint([PAIR], once)] == [1, 1, 2, 2]
 
 
 def test_a_stint_stops_before_its_time_is_up_and_the_next_goes_on() -> None:
