@@ -43,7 +43,7 @@ def job_of(case: Case, results: Path, scratch: Path, device: str) -> Job:
     model = results / "sources/models" / record["model"]
     settings = {**record["settings"], **case.changes, "save_steps": 10**6}
     return Job(
-        model=make_model(case.shape, model, scratch / "model") if case.shape else model,
+        model=make_model(case.shape, model, scratch / "model", device) if case.shape else model,
         tokens=results / "tokens" / record["model"] / record["mixture"],
         settings=settings,
         seed=record["seed"],
@@ -55,13 +55,13 @@ def job_of(case: Case, results: Path, scratch: Path, device: str) -> Job:
     )
 
 
-def make_model(shape: Mapping[str, int], like: Path, folder: Path) -> Path:
+def make_model(shape: Mapping[str, int], like: Path, folder: Path, device: str) -> Path:
     """Write a Llama of `shape` with random weights, and the vocabulary and tokenizer of the model in `like`."""
     kept = AutoConfig.from_pretrained(like).to_dict()
     ids = {name: kept[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(LlamaConfig(**shape, **ids), dtype=torch.bfloat16)
-    network.save_pretrained(folder)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(LlamaConfig(**shape, **ids), dtype=torch.bfloat16).save_pretrained(folder)
     for path in like.glob("tokenizer*"):
         shutil.copy(path, folder)
     return folder
@@ -70,14 +70,15 @@ def make_model(shape: Mapping[str, int], like: Path, folder: Path) -> Path:
 def trained(job: Job, way: str) -> tuple[Trainer, Line]:
     """A trainer that trained in a way, and what was seen: losses and speed."""
     training.fuse = fuse if way != "bf16-peft" else lambda *_: "PEFT's own computation, asked for"
-    trainer = make_trainer(replace(job, settings={**job.settings, "fp8": way == "fp8"}))
+    settings = {**job.settings, "fp8": way == "fp8"}
+    trainer = make_trainer(replace(job, settings=settings, folder=job.folder / way))
     losses: list[torch.Tensor] = []
     counts: list[torch.Tensor] = []
     step = trainer.training_step
 
-    def followed(model: Any, inputs: Any, items: Any = None) -> torch.Tensor:
+    def followed(model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         counts.append(inputs["tokens"].clone())
-        losses.append(step(model, inputs, items).detach().clone())
+        losses.append(step(model, inputs, num_items_in_batch).detach().clone())
         return losses[-1].clone()  # the trainer may add to it in place
 
     trainer.training_step = followed
@@ -108,12 +109,17 @@ def compared(job: Job, others: Sequence[str]) -> Iterator[Line]:
     yield {"way": BF16, **line, "validation loss in bf16": line["validation loss"]}
     for way in others:
         trainer, line = trained(job, way)
-        with torch.no_grad():
-            for weight, learned in zip(judge.trainable(), trainer.trainable(), strict=True):
-                weight.copy_(learned)
-        yield {"way": way, **line, "validation loss in bf16": round(judge.evaluate()["eval_loss"], 5)}
+        yield {"way": way, **line, "validation loss in bf16": judged(judge, trainer)}
         del trainer
         gc.collect()  # a trainer and its parts hold each other
+
+
+def judged(judge: Trainer, trainer: Trainer) -> float:
+    """The validation loss of what `trainer` learned, computed as `judge` does it, whose own adapter is lost."""
+    with torch.no_grad():
+        for weight, learned in zip(judge.trainable(), trainer.trainable(), strict=True):
+            weight.copy_(learned)
+    return round(judge.evaluate()["eval_loss"], 5)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """What FP8 costs in loss: each seed is compared with itself, and the table says what was measured."""
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,12 @@ import pytest
 import torch
 from tiny_models import SETTINGS, make_base, make_rows, make_tokens
 
-from parity import POINTS, compared, curve, job_of
+import parity
+from parity import POINTS, compared, curve, job_of, judged, trained
 from parity_table import RESULTS, apart, curves_apart, differences, interval, table, with_table
 from plan import BF16, PARITY, PARITY_WAYS, Case
 from qlora.files import write_json
+from qlora.training import Job, make_trainer
 from table import PAGE, Line, lines_of
 
 torch.set_num_threads(1)
@@ -91,6 +95,36 @@ def results(tmp_path: Path) -> Path:
     record = {"model": "base", "mixture": "mixture", "settings": SETTINGS, "seed": 7}
     write_json(tmp_path / "runs/one/run.json", record)
     return tmp_path
+
+
+def test_lines_of_each_seed_are_added_to_a_file(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "gpu", lambda: {"name": "A card"})
+    monkeypatch.setattr(parity, "PARITY", {"tiny-llama": Case("one", {})})
+    seen = []
+
+    def planted(job: Job, others: list[str]) -> list[Line]:
+        seen.append((job.seed, job.device))
+        return [{"way": way} for way in (BF16, *others)]
+
+    monkeypatch.setattr(parity, "compared", planted)
+    out = results / "parity.jsonl"
+    out.write_text('{"model": "wide"}\n')
+    options = ["tiny-llama", "--seeds", "3", "4", "--results", str(results), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["parity.py", *options])
+    parity.main()
+    first, *lines = lines_of(out)
+    assert first == {"model": "wide"}
+    assert seen == [(3, "cuda"), (4, "cuda")]
+    assert [(line["seed"], line["way"]) for line in lines] == [(seed, way) for seed in (3, 4) for way in PARITY_WAYS]
+    assert "torch" in lines[0]["versions"]
+
+
+def test_an_adapter_is_judged_with_another_trainers_products(results: Path, tmp_path: Path) -> None:
+    job = job_of(Case("one", {"samples": 0, "eval_steps": None, "max_steps": 2}), results, tmp_path / "scratch", "cpu")
+    trainer, line = trained(job, BF16)
+    judge = make_trainer(replace(job, folder=tmp_path / "judge"))
+    assert judge.evaluate()["eval_loss"] != pytest.approx(line["validation loss"], rel=1e-3)
+    assert judged(judge, trainer) == line["validation loss"]
 
 
 @pytest.mark.parametrize("shape", [None, {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}])
