@@ -16,7 +16,8 @@ class Clock:
     def at(self, step: int) -> None:
         """Take the time where `step` begins or ends what counts."""
         if step in (self.warm_up, self.steps):
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self.marks[step == self.steps] = time.monotonic()
 
     def result(self, counts: list[torch.Tensor]) -> dict[str, float]:

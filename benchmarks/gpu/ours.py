@@ -16,7 +16,7 @@ from qlora.training import Job, Trainer, learned, make_trainer
 def ours(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
     """Train as it comes (`ours`), with FP8 products, without the step graph, with PEFT's computation, or in a loop."""
     if given.way == "ours-peft":
-        training.fuse = lambda _: "PEFT's own computation, asked for"
+        training.fuse = lambda *_: "PEFT's own computation, asked for"
     if given.way in ("ours-peft", "ours-eager"):
         training.why_no_graph = lambda *_: "none, asked for"
     counts: list[torch.Tensor] = []

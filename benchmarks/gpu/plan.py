@@ -1,6 +1,8 @@
 """What is measured on a GPU, in this order: groups of ways to train that do the same work, and are compared."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 PHI = "q_proj,k_proj,v_proj,dense,fc1,fc2"
 FALCON = "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
@@ -62,3 +64,24 @@ PLAN = (
     ),
     Group("Phi-2, 4 × 2,048", "phi-2", "full", _alike("ours trl-packed", 4), targets=PHI),
 )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of the default, whose rows and settings are taken, and what of its settings and its model is changed."""
+
+    run: str
+    changes: Mapping[str, Any]
+    shape: Mapping[str, int] | None = None  # of a Llama with random weights in place of the run's model
+
+
+# Packed for the step graph: four packs hold about as many rows as the recipe's 16 padded ones. Evaluated at the end.
+_PACKED = {"batching": "packed", "batch_size": 4, "eval_steps": None, "samples": 0, "log_steps": 10**6}
+_WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16}
+PARITY = {  # what is trained in each of these ways, to see what it costs in loss
+    "tiny-llama": Case("llama", _PACKED),
+    "tiny-mistral": Case("mistral", _PACKED),
+    "wide": Case("llama", {**_PACKED, "batch_size": 16, "max_steps": 120, "learning_rate": 1e-3}, _WIDE),
+}
+BF16 = "bf16"
+PARITY_WAYS = (BF16, "bf16-peft", "fp8")  # bf16-peft: PEFT's own products, so that rounding alone differs

@@ -240,11 +240,12 @@ def _check_recipe(where: str, recipe: Mapping[str, Any]) -> None:
         )
     if start == "loftq" and recipe["quantization"]["type"] != "nf4":
         raise UserError(f"config: {where}: lora.init loftq corrects what nf4 loses; set quantization.type to nf4")
-    exact = recipe["lora"]["dropout"] or recipe["lora"]["dora"] or recipe["quantization"]["type"] != "nf4"
-    if recipe["fp8"] and (exact or recipe["quantization"]["compute_dtype"] not in ("auto", "bfloat16")):
+    lora, quantization = recipe["lora"], recipe["quantization"]
+    exact = lora["dropout"] or lora["dora"] or lora["bias"] != "none" or quantization["type"] != "nf4"
+    if recipe["fp8"] and (exact or quantization["compute_dtype"] not in ("auto", "bfloat16")):
         raise UserError(
-            f"config: {where}: fp8 stands in for bfloat16 products of nf4 weights, without dropout or DoRA;"
-            " set these so, or fp8: false"
+            f"config: {where}: fp8 stands in for bfloat16 products of nf4 weights, without dropout, DoRA or"
+            " learned biases; set these so, or fp8: false"
         )
     if recipe["cpu_offload"]:
         raise UserError(

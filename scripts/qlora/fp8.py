@@ -30,12 +30,21 @@ def check_card(device: str) -> None:
 
 
 class Weight:
-    """A frozen 4-bit weight (out, in), and its rows' scales."""
+    """A frozen 4-bit weight (out, in), and its rows' scales.
+
+    Raises UserError where `out` is no multiple of 16, which the products need, or `in` none of a block of NF4.
+    """
 
     def __init__(self, packed: Params4bit) -> None:
         self.packed = packed
         whole = dequantized(packed, torch.bfloat16)
         self.out, self.width = whole.shape
+        block = packed.quant_state.blocksize
+        if self.out % 16 or self.width % block:
+            raise UserError(
+                f"recipe: fp8 cannot be had: a layer is {self.out} × {self.width}, and it needs multiples of"
+                f" 16 × {block}; set fp8: false"
+            )
         self.scales = (whole.abs().amax(dim=1).float() / LARGEST).clamp(min=1e-12)  # (out,)
 
     def eighth(self, room: Tensor, transposed: bool) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora import fp8
 from qlora.activations import Activation, activation_of
+from qlora.errors import UserError
 from qlora.nf4 import can_add, dequantized, make_room
 
 # Modules that compute down(act(gate(x)) * up(x)) and nothing else; another family's is left to its own forward.
@@ -218,13 +219,15 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     """Let each layer that can be computed by the functions above be so, and say in a line what was chosen and why.
 
     Numbers change by rounding alone, unless the frozen products are to be `in_fp8`. With the adapter disabled, or more
-    than its input given, a layer is computed by PEFT.
+    than its input given, a layer is computed by PEFT. Raises UserError where not every layer can be `in_fp8`.
     """
     modules = {name: module for name, module in network.named_modules() if isinstance(module, Linear4bit)}
     reasons = {name: why_not(module) for name, module in modules.items()}
     free = {name: module for name, module in modules.items() if reasons[name] is None}
+    why = ", ".join(sorted({reason for reason in reasons.values() if reason})) or "no 4-bit layer has an adapter"
+    if in_fp8 and (not free or len(free) < len(modules)):
+        raise UserError(f"recipe: fp8 cannot be had in every layer with an adapter ({why}); set fp8: false")
     if not free:
-        why = ", ".join(sorted({reason for reason in reasons.values() if reason})) or "no 4-bit layer has an adapter"
         return f"fused LoRA: none, PEFT's own computation ({why})"
     make_room(
         [module.base_layer.weight for module in free.values()], next(iter(free.values())).base_layer.compute_dtype

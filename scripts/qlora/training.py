@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora.adapters import lora_config, loraplus_optimizer, lorentzian_penalty, start_from_rounding
 from qlora.batches import LikeLengths, PackedBatch, PaddedBatch, packs_of
+from qlora.errors import UserError
 from qlora.files import read_json
 from qlora.fp8 import check_card
 from qlora.fused_lora import fuse
@@ -250,7 +251,12 @@ def make_trainer(job: Job) -> Trainer:
         parameter.data = parameter.data.float()
     if settings["lora"]["init"] == "loftq":
         start_from_rounding(trainer.model, job.model)
-    several = trainer.accelerator.num_processes > 1
+    processes = trainer.accelerator.num_processes
+    several = processes > 1
+    if several and settings["fp8"]:
+        raise UserError(
+            f"recipe: fp8 is for one process, and there are {processes}; train on one card, or set fp8: false"
+        )
     fused = "no fused LoRA, several processes" if several else fuse(trainer.model, settings["fp8"])
     reason = "several processes" if several else why_no_graph(job, network, taken_apart, random)
     if reason is None:

@@ -200,8 +200,14 @@ GOLDEN = {
     "fp8 with dropout": (
         "recipes.short",
         {"fp8": True, "lora": {"dropout": 0.1}},
-        "config: recipes.short: fp8 stands in for bfloat16 products of nf4 weights, without dropout or DoRA; "
-        "set these so, or fp8: false",
+        "config: recipes.short: fp8 stands in for bfloat16 products of nf4 weights, without dropout, DoRA or learned "
+        "biases; set these so, or fp8: false",
+    ),
+    "fp8 with learned biases": (
+        "runs.0.overrides",
+        {"fp8": True, "lora": {"bias": "all"}},
+        "config: run 'one': fp8 stands in for bfloat16 products of nf4 weights, without dropout, DoRA or learned "
+        "biases; set these so, or fp8: false",
     ),
     "offload to the processor": (
         "recipes.short.cpu_offload",

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model
 from tiny_models import FAMILIES, QUANTIZATION, SETTINGS, layers_in_4_bits, make_base
 from transformers import AutoModelForCausalLM
 
+from qlora import fp8
 from qlora.adapters import lora_config
+from qlora.errors import UserError
 from qlora.fused_lora import fuse
 from qlora.models import load_quantized
 from qlora.nf4 import dequantized
@@ -143,6 +146,31 @@ def test_a_bias_that_is_learned_is_left_to_peft(tmp_path: Path) -> None:
     _, gradients = loss_and_gradients(network)
     assert fuse(network) == "fused LoRA: none, PEFT's own computation (a bias that is learned)"
     assert all(float(gradient.abs().max()) > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"target_modules": ["embed_tokens"]}, "no 4-bit layer has an adapter"),
+    ],
+)
+def test_fp8_that_cannot_be_had_is_refused(change: dict[str, object], reason: str, tmp_path: Path) -> None:
+    network = adapted(make_base(tmp_path / "base"), HALF, **change)
+    with pytest.raises(UserError) as error:
+        fuse(network, in_fp8=True)
+    assert str(error.value) == f"recipe: fp8 cannot be had in every layer with an adapter ({reason}); set fp8: false"
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (72, 64)])
+def test_fp8_refuses_a_layer_that_its_products_do_not_fit(shape: tuple[int, int]) -> None:
+    layer = Linear4bit(shape[1], shape[0], bias=False, quant_type="nf4").to(DEVICE)
+    with pytest.raises(UserError) as error:
+        fp8.Weight(layer.weight)
+    assert str(error.value) == (
+        f"recipe: fp8 cannot be had: a layer is {shape[0]} × {shape[1]}, and it needs multiples of 16 × 64;"
+        " set fp8: false"
+    )
 
 
 def test_what_is_learned_is_seen_however_the_network_is_called(tmp_path: Path) -> None:

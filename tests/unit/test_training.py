@@ -11,10 +11,13 @@ from typing import Any
 import pyarrow
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from tiny_models import QUANTIZATION, SETTINGS, make_base, make_rows, make_tokens
 from transformers import TrainerCallback
 
+from qlora import training
+from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl
 from qlora.loss import summed_nll
 from qlora.render import IGNORED
@@ -345,3 +348,11 @@ def test_without_validation_rows_there_is_no_evaluation(eight: Bench) -> None:
     trainer = bare.trainer(eval_steps=1, samples=2)
     trainer.train()
     assert not any("eval_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_fp8_in_several_processes_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "check_card", lambda _: None)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(UserError) as error:
+        bench.trainer(fp8=True)
+    assert str(error.value) == "recipe: fp8 is for one process, and there are 2; train on one card, or set fp8: false"
