@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-WAYS = ("ours", "ours-peft", "ours-eager", "ours-fp8", "trl-packed", "trl", "notebook", "unsloth")
+WAYS = ("ours", "ours-peft", "ours-eager", "ours-kept", "ours-fp8", "trl-packed", "trl", "notebook", "unsloth")
 SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 

@@ -106,12 +106,12 @@ class HostStates:
             return None
 
 
-def keep_on_host(network: PreTrainedModel, device: str) -> HostStates:
-    """Let checkpointing, when it is switched on, keep the layers' inputs on the host.
+def keep_on_host(network: PreTrainedModel, states: HostStates) -> str:
+    """Let checkpointing, when it is switched on, keep the layers' inputs in `states`; say so in a line.
 
     The last layer is not checkpointed then: its backward comes first, and would compute again what is just there.
     """
-    states, original = HostStates(device), network._set_gradient_checkpointing
+    original = network._set_gradient_checkpointing
 
     def switch(enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **rest: Any) -> None:
         def kept(*args: Any) -> Any:
@@ -123,4 +123,4 @@ def keep_on_host(network: PreTrainedModel, device: str) -> HostStates:
         last.gradient_checkpointing = False
 
     network._set_gradient_checkpointing = switch  # type: ignore[method-assign, assignment]
-    return states
+    return "checkpointed hidden states in host memory"

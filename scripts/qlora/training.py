@@ -26,7 +26,7 @@ from qlora.fused_lora import fuse
 from qlora.liger import use_liger
 from qlora.loss import add_supervised_loss
 from qlora.models import compute_dtype, load_quantized
-from qlora.offload import keep_on_host
+from qlora.offload import HostStates, keep_on_host
 from qlora.packed_attention import use_packed_attention
 from qlora.render import IGNORED, load_tokenizer, padding_id
 from qlora.samples import Samples
@@ -253,11 +253,8 @@ def make_trainer(job: Job) -> Trainer:
         start_from_rounding(trainer.model, job.model)
     several = trainer.accelerator.num_processes > 1
     fused = "no fused LoRA, several processes" if several else fuse(trainer.model, settings["fp8"])
-    if settings["checkpointing"] and job.device != "cpu":
-        keep_on_host(network, job.device)
-        hidden = ["checkpointed hidden states in host memory"]
-    else:
-        hidden = []
+    on_host = settings["checkpointing"] and job.device != "cpu"
+    hidden = [keep_on_host(network, HostStates(job.device))] if on_host else []
     reason = "several processes" if several else why_no_graph(job, network, taken_apart, random)
     if reason is None:
         trainer.record_steps()

@@ -45,7 +45,8 @@ def gradients(network: PreTrainedModel, tokens: int, seed: int) -> list[torch.Te
 
 def test_gradients_are_the_same_to_the_bit_over_steps_of_several_lengths(base: Path) -> None:
     plain, kept = network_of(base), network_of(base)
-    states = keep_on_host(kept, "cpu")
+    states = HostStates("cpu")
+    keep_on_host(kept, states)
     switch_on(kept)
     switch_on(plain)
     for seed, tokens in enumerate((16, 9, 16, 30, 9)):
@@ -64,19 +65,20 @@ def test_one_hidden_state_at_a_time_is_on_the_device(base: Path, monkeypatch: py
     """On the way forward the last alone; on the way back the one that is used and the next."""
     made: list[weakref.ref[Kept]] = []
     seen: dict[str, list[int]] = {"pack": [], "unpack": []}
-    for name in seen:
+    for name, counts in seen.items():
         original = getattr(HostStates, name)
 
-        def watched(self: HostStates, packed: Any, name: str = name, original: Any = original) -> Any:
+        def watched(self: HostStates, packed: Any, original: Any = original, counts: Any = counts) -> Any:
             result = original(self, packed)
             made.extend(weakref.ref(packed) for packed in (result,) if isinstance(packed, Kept))
             there = [kept for kept in (one() for one in made) if kept is not None]
-            seen[name].append(sum(kept.here is not None for kept in there))
+            counts.append(sum(kept.here is not None for kept in there))
             return result
 
         monkeypatch.setattr(HostStates, name, watched)
     network = network_of(base)
-    states = keep_on_host(network, "cpu")
+    states = HostStates("cpu")
+    keep_on_host(network, states)
     switch_on(network)
     gradients(network, 16, 0)
     assert seen == {"pack": [0, 1, 1], "unpack": [1, 0, 0]}
@@ -88,7 +90,7 @@ def test_without_more_host_memory_states_stay_where_they_are(
     base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, kept = network_of(base), network_of(base)
-    keep_on_host(kept, "cpu")
+    keep_on_host(kept, HostStates("cpu"))
     switch_on(plain)
     switch_on(kept)
     original, asked = torch.empty, []
