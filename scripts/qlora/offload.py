@@ -1,7 +1,6 @@
 """Checkpointed hidden states in host memory: copied beside the compute, and fetched a layer ahead of their use.
 
-Of our own, since transformers' `offload` copies in the compute's stream, and TRL's waits for the GPU and empties the
-cache at each step, which a recorded step may not.
+Transformers' `offload` copies in the compute's stream; TRL's waits for the GPU, which a recorded step may not.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class Kept:
 class HostStates:
     """Hooks for the inputs of checkpointed layers. Without a GPU their copies are made at once.
 
-    All device memory is allocated and freed in the compute's own stream, which waits for a copy before it goes on with
-    what the copy reads or writes. Host memory is used again and never freed, since recorded steps write to it.
+    Device memory is allocated and freed in the compute's own stream, which waits for a copy before it goes on with
+    what was copied. Host memory is used again and never freed, since recorded steps write to it.
     """
 
     def __init__(self, device: str) -> None:
@@ -50,7 +49,7 @@ class HostStates:
         """Begin to copy a layer's input to the host, and let go of the one before."""
         if state.is_leaf:  # a mask; or embeddings, which autograd holds on the device nevertheless
             return state
-        if self.last is not None and self.last.here is not None:
+        if self.last is not None:
             self._join(self.last)
             self.last.here = None
         room = self._room(state.nbytes)
@@ -96,14 +95,15 @@ class HostStates:
     def _room(self, needed: int) -> Tensor | None:
         """Host memory for `needed` bytes, pinned beside a GPU; None where there is no more."""
         size = 1 << (needed - 1).bit_length()  # so that batches of many lengths share a few sizes
-        if self.free[size] or self.refused:
-            return self.free[size].pop() if self.free[size] else None
-        try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=self.side is not None)
-        except RuntimeError as error:
-            log.info("hidden states stay on the GPU, no more pinned memory can be had: %s", str(error).split("\n")[0])
-            self.refused = True
-            return None
+        if self.free[size]:
+            return self.free[size].pop()
+        if not self.refused:
+            try:
+                return torch.empty(size, dtype=torch.uint8, pin_memory=self.side is not None)
+            except RuntimeError as error:
+                self.refused = True
+                log.info("no more pinned memory, hidden states stay on the GPU: %s", str(error).split("\n")[0])
+        return None
 
 
 def keep_on_host(network: PreTrainedModel, states: HostStates) -> str:

@@ -109,5 +109,5 @@ def test_without_more_host_memory_states_stay_where_they_are(
             assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert len(asked) == 2
     assert [record.message for record in caplog.records] == [
-        "hidden states stay on the GPU, no more pinned memory can be had: CUDA error: out of memory"
+        "no more pinned memory, hidden states stay on the GPU: CUDA error: out of memory"
     ]
