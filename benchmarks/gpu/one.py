@@ -11,7 +11,9 @@ import logging
 import sys
 from pathlib import Path
 
-WAYS = ("ours", "ours-peft", "ours-eager", "ours-fp8", "ours-loop", "trl-packed", "trl", "notebook", "unsloth")
+WAYS = (
+    "ours", "ours-peft", "ours-eager", "ours-kept", "ours-fp8", "ours-loop", "trl-packed", "trl", "notebook", "unsloth"
+)  # fmt: skip
 SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 

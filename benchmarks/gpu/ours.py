@@ -14,11 +14,16 @@ from qlora.training import Job, Trainer, learned, make_trainer
 
 
 def ours(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
-    """Train as it comes (`ours`), with FP8 products, without the step graph, with PEFT's computation, or in a loop."""
+    """Train as it comes (`ours`), with FP8 products, with PEFT's computation, without the step graph, or in a loop.
+
+    `ours-kept` keeps checkpointed hidden states on the GPU.
+    """
     if given.way == "ours-peft":
         training.fuse = lambda *_: "PEFT's own computation, asked for"
     if given.way in ("ours-peft", "ours-eager"):
         training.why_no_graph = lambda *_: "none, asked for"
+    if given.way == "ours-kept":
+        training.keep_on_host = lambda *_: "checkpointed hidden states on the GPU, asked for"
     counts: list[torch.Tensor] = []
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(

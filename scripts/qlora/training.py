@@ -27,6 +27,7 @@ from qlora.fused_lora import fuse
 from qlora.liger import use_liger
 from qlora.loss import add_supervised_loss
 from qlora.models import compute_dtype, load_quantized
+from qlora.offload import HostStates, keep_on_host
 from qlora.packed_attention import use_packed_attention
 from qlora.render import IGNORED, load_tokenizer, padding_id
 from qlora.samples import Samples
@@ -258,11 +259,13 @@ def make_trainer(job: Job) -> Trainer:
             f"recipe: fp8 is for one process, and there are {processes}; train on one card, or set fp8: false"
         )
     fused = "no fused LoRA, several processes" if several else fuse(trainer.model, settings["fp8"])
+    on_host = settings["checkpointing"] and job.device != "cpu"
+    hidden = [keep_on_host(network, HostStates(job.device))] if on_host else []
     reason = "several processes" if several else why_no_graph(job, network, taken_apart, random)
     if reason is None:
         trainer.record_steps()
     graph = "micro-steps recorded as CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
-    trainer.chosen = [f"attention: {attention}", kernels, fused, graph]
+    trainer.chosen = [f"attention: {attention}", kernels, fused, *hidden, graph]
     log.info("computed by %s", "; ".join(trainer.chosen))
     return trainer
 

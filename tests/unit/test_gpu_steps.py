@@ -1,5 +1,7 @@
 """What a GPU alone does: attention over packed rows, and micro-steps recorded as graphs. Skipped where there is none."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from datasets import Dataset
 from test_fused_lora import distance
 from test_training import Bench
 from tiny_models import QUANTIZATION, SETTINGS, layers_in_4_bits, make_base, make_rows, make_tokens
+from torch.utils.checkpoint import checkpoint
 
-from qlora import fp8
+from qlora import fp8, training
 from qlora.batches import PackedBatch
 from qlora.loss import TILE, add_supervised_loss, summed_nll
 from qlora.models import load_quantized
@@ -78,10 +81,19 @@ def bench(tmp_path: Path) -> Bench:
     return made
 
 
+def make_ready(trainer: Trainer) -> None:
+    """What the trainer does before its first step."""
+    trainer.create_optimizer_and_scheduler(1)
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model.train())
+    if trainer.settings["checkpointing"]:
+        recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        network = trainer.model.get_base_model()
+        network._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recomputed)
+
+
 def gradients_of_steps(trainer: Trainer, steps: int) -> list[list[torch.Tensor]]:
     """Run micro-steps over the same batches as in training, without an optimiser, and keep each one's gradients."""
-    trainer.create_optimizer_and_scheduler(steps)
-    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model.train())  # as the trainer does it
+    make_ready(trainer)
     kept = []
     for number, batch in enumerate(trainer.get_train_dataloader()):
         if number == steps:
@@ -110,8 +122,7 @@ def test_other_families_record_steps_too(family: str, tmp_path: Path) -> None:
 def test_two_shapes_share_their_memory(bench: Bench) -> None:
     """Steps of 4 packs and of 3, by turns: the second shape's eager steps fit into what the first recording left."""
     trainer = bench.trainer(quantization=HALF, batching="packed", batch_size=4)
-    trainer.create_optimizer_and_scheduler(1)
-    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model.train())
+    make_ready(trainer)
     (batch, *_) = list(trainer.get_train_dataloader())
     items = (batch["labels"] != IGNORED).sum()
 
@@ -139,6 +150,67 @@ def test_a_recorded_step_has_the_gradients_of_an_eager_one(bench: Bench, change:
     for number, (found, expected) in enumerate(steps):
         assert distance(found, expected) < 0.01, number
     assert recorded.graph.captured
+
+
+def sums_of_gradients(trainer: Trainer, packs: Sequence[int]) -> list[list[torch.Tensor]]:
+    """Gradients added up, after each of the micro-steps of so many packs; evaluations come between."""
+    make_ready(trainer)
+    kept = []
+    for number, count in enumerate(packs):
+        batch = trainer.data_collator([trainer.train_dataset[place] for place in range(count)])
+        trainer.training_step(trainer.model_wrapped, batch, torch.tensor(100, device="cuda"))
+        kept.append([weight.grad.clone() for weight in trainer.trainable() if weight.grad is not None])
+        if number % 4 == 1:
+            trainer.evaluate()
+    return kept
+
+
+def pair(bench: Bench, monkeypatch: pytest.MonkeyPatch, eagerly: bool) -> tuple[Trainer, Trainer]:
+    """Two that checkpoint: one keeps hidden states on the host, the other one on the GPU."""
+    settings = {"quantization": HALF, "batching": "packed", "batch_size": 4, "checkpointing": True}
+    on_host = bench.trainer(**settings)
+    assert "checkpointed hidden states in host memory" in on_host.chosen
+    monkeypatch.setattr(training, "keep_on_host", lambda *_: "none")
+    on_gpu = bench.trainer(**settings)
+    for trainer in (on_host, on_gpu):
+        assert trainer.graph is not None
+        if eagerly:
+            trainer.graph = None
+    return on_host, on_gpu
+
+
+@pytest.mark.parametrize("eagerly", [True, False])
+def test_hidden_states_on_the_host_change_no_bit_of_a_gradient(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, eagerly: bool
+) -> None:
+    bench.base = make_base(bench.root / "deep", num_hidden_layers=6)
+    trainers = pair(bench, monkeypatch, eagerly)
+    packs = [4, 4, 4, 4, 3, 3, 3, 3, 4, 3, 4]  # two shapes: eager steps of one after recorded ones of the other
+    steps = zip(*(sums_of_gradients(trainer, packs) for trainer in trainers), strict=True)
+    for number, (found, expected) in enumerate(steps):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), number
+    assert all(len(trainer.graph.captured) == 2 for trainer in trainers if trainer.graph)
+
+
+@pytest.mark.parametrize("eagerly", [True, False])
+def test_hidden_states_on_the_host_leave_the_gpu(bench: Bench, monkeypatch: pytest.MonkeyPatch, eagerly: bool) -> None:
+    layers, width = 48, 256
+    bench.base = make_base(bench.root / "deep", num_hidden_layers=layers, hidden_size=width)
+    peaks = []
+    for trainer in pair(bench, monkeypatch, eagerly):
+        trainer.graph, graph = None, trainer.graph
+        sums_of_gradients(trainer, [4])  # libraries take memory once
+        trainer.model.zero_grad()
+        trainer.graph = graph
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        sums_of_gradients(trainer, [4, 4, 4, 4])
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    packs = 4 * trainer.data_collator.room
+    # A few are there at a time, and beside them what the last layer saves, as wide as some ten of them.
+    assert peaks[1] - peaks[0] > 0.6 * layers * packs * width * 2
 
 
 def test_recorded_steps_learn_as_eager_ones_do(bench: Bench) -> None:

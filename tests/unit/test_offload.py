@@ -1,0 +1,113 @@
+"""Checkpointed hidden states on the host, without a GPU: the same gradients, and memory that is let go and used again."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_base
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qlora.offload import HostStates, Kept, keep_on_host
+
+LAYERS = 4
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base", num_hidden_layers=LAYERS)
+
+
+def network_of(base: Path) -> PreTrainedModel:
+    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    network.get_input_embeddings().weight.requires_grad_(False)
+    network.enable_input_require_grads()
+    return network
+
+
+def switch_on(network: PreTrainedModel) -> None:
+    """As transformers does it."""
+
+    def checkpointed(*args: Any) -> Any:
+        return checkpoint(*args, use_reentrant=False)
+
+    network._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpointed)
+
+
+def gradients(network: PreTrainedModel, tokens: int, seed: int) -> list[torch.Tensor]:
+    """Those of one micro-step; they add up from call to call."""
+    ids = torch.randint(6, 200, (2, tokens), generator=torch.Generator().manual_seed(seed))
+    network(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return [weight.grad.clone() for weight in network.parameters() if weight.grad is not None]
+
+
+def test_gradients_are_the_same_to_the_bit_over_steps_of_several_lengths(base: Path) -> None:
+    plain, kept = network_of(base), network_of(base)
+    states = HostStates("cpu")
+    keep_on_host(kept, states)
+    switch_on(kept)
+    switch_on(plain)
+    for seed, tokens in enumerate((16, 9, 16, 30, 9)):
+        found, expected = gradients(kept, tokens, seed), gradients(plain, tokens, seed)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        with torch.no_grad():
+            ids = torch.arange(6, 20)[None]
+            assert torch.equal(kept.eval()(ids).logits, plain.eval()(ids).logits)
+            kept.train()
+            plain.train()
+    between = LAYERS - 2  # the embeddings stay, and the last layer is not checkpointed
+    assert {size: len(rooms) for size, rooms in states.free.items()} == {2**13: between, 2**14: between}
+
+
+def test_one_hidden_state_at_a_time_is_on_the_device(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way forward the last alone; on the way back the one that is used and the next."""
+    made: list[weakref.ref[Kept]] = []
+    seen: dict[str, list[int]] = {"pack": [], "unpack": []}
+    for name, counts in seen.items():
+        original = getattr(HostStates, name)
+
+        def watched(self: HostStates, packed: Any, original: Any = original, counts: Any = counts) -> Any:
+            result = original(self, packed)
+            made.extend(weakref.ref(packed) for packed in (result,) if isinstance(packed, Kept))
+            there = [kept for kept in (one() for one in made) if kept is not None]
+            counts.append(sum(kept.here is not None for kept in there))
+            return result
+
+        monkeypatch.setattr(HostStates, name, watched)
+    network = network_of(base)
+    states = HostStates("cpu")
+    keep_on_host(network, states)
+    switch_on(network)
+    gradients(network, 16, 0)
+    assert seen == {"pack": [0, 1, 1], "unpack": [1, 0, 0]}
+    assert states.last is None
+    assert not any(one() for one in made)
+
+
+def test_without_more_host_memory_states_stay_where_they_are(
+    base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, kept = network_of(base), network_of(base)
+    keep_on_host(kept, HostStates("cpu"))
+    switch_on(plain)
+    switch_on(kept)
+    original, asked = torch.empty, []
+
+    def empty(*args: Any, **rest: Any) -> torch.Tensor:
+        if rest.get("dtype") == torch.uint8:
+            asked.append(args)
+            if len(asked) > 1:
+                raise RuntimeError("CUDA error: out of memory\nmore")
+        return original(*args, **rest)
+
+    monkeypatch.setattr("qlora.offload.torch.empty", empty)
+    with caplog.at_level("INFO", logger="qlora"):
+        for seed in range(2):
+            found, expected = gradients(kept, 16, seed), gradients(plain, 16, seed)
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert len(asked) == 2
+    assert [record.message for record in caplog.records] == [
+        "no more pinned memory, hidden states stay on the GPU: CUDA error: out of memory"
+    ]
