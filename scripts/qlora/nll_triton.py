@@ -12,7 +12,7 @@ def values_of(place, inside, cap: tl.constexpr):
     """Logits in float32, -inf where there are none, and their share of a cap (0 without one)."""
     values = tl.load(place, mask=inside, other=-float("inf")).to(tl.float32)
     share = tl.zeros_like(values)
-    if cap:
+    if cap > 0:
         share = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * (values / cap)))  # tanh
         values = tl.where(inside, cap * share, -float("inf"))
     return values, share
@@ -37,7 +37,7 @@ def _nll(logits, wanted, nll, stride, width: tl.constexpr, cap: tl.constexpr, co
         place = logits + row * stride + column
         values, share = values_of(place, column < width, cap)
         gradient = tl.exp(values - whole) - tl.where(column == target, 1.0, 0.0)
-        if cap:
+        if cap > 0:
             gradient *= 1.0 - share * share
         tl.store(place, gradient.to(logits.dtype.element_ty), mask=column < width)
 
