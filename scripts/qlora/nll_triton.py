@@ -22,6 +22,7 @@ def values_of(place, inside, cap: tl.constexpr):
 def _nll(logits, wanted, nll, stride, width: tl.constexpr, cap: tl.constexpr, columns: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(wanted + row)
+    counts = tl.where(target < 0, 0.0, 1.0)
     most, total, picked = -float("inf"), 0.0, 0.0
     for first in range(0, width, columns):
         column = first + tl.arange(0, columns)
@@ -31,12 +32,12 @@ def _nll(logits, wanted, nll, stride, width: tl.constexpr, cap: tl.constexpr, co
         most = above
         picked += tl.sum(tl.where(column == target, values, 0.0), 0)
     whole = most + tl.log(total)
-    tl.store(nll + row, whole - picked)
+    tl.store(nll + row, counts * (whole - picked))
     for first in range(0, width, columns):
         column = first + tl.arange(0, columns)
         place = logits + row * stride + column
         values, share = values_of(place, column < width, cap)
-        gradient = tl.exp(values - whole) - tl.where(column == target, 1.0, 0.0)
+        gradient = counts * (tl.exp(values - whole) - tl.where(column == target, 1.0, 0.0))
         if cap > 0:
             gradient *= 1.0 - share * share
         tl.store(place, gradient.to(logits.dtype.element_ty), mask=column < width)
@@ -45,6 +46,7 @@ def _nll(logits, wanted, nll, stride, width: tl.constexpr, cap: tl.constexpr, co
 def nll_and_gradient(logits: torch.Tensor, wanted: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """-log p of each wanted label in nats, (positions,) float32; `logits` (positions, labels) become its gradient.
 
+    A label below 0 is none: its loss and gradient are 0.
     A `softcap` c makes each logit l into c tanh(l / c) first, as Gemma 2 does (arXiv 2408.00118, section 2).
     """
     nll = torch.empty(len(wanted), device=logits.device, dtype=torch.float32)
