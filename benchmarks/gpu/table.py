@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.jsonl", HERE.parents[1] / "docs/benchmarks.md"
 BEGIN, END = "<!-- GPU: made by benchmarks/gpu/table.py from benchmarks/gpu/results.jsonl -->", "<!-- end of GPU -->"
 HEAD = "way, tokens/s, s a step, allocated GiB, reserved GiB, repeats, first way of the group against it"
+NOTHING = "Nothing was run yet."
 Line = dict[str, Any]
 
 
@@ -69,21 +70,30 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 
 def conditions(lines: Sequence[Line]) -> str:
+    """In how many stints it was measured, on what and with what."""
+    stints = len({line["stint"] for line in lines})
+    return f"{stints} stint{'s' if stints > 1 else ''} on {machine(lines)}"
+
+
+def machine(lines: Sequence[Line]) -> str:
     """What it was measured on and with, and how fast the GPU ran at the end of each measurement."""
     gpus = sorted({f"{line['gpu after']['name']} (limit {line['gpu after']['power.limit']})" for line in lines})
     packages = sorted({f"{name} {version}" for line in lines for name, version in line["versions"].items()})
     clocks = [float(line["gpu after"]["clocks.sm"].split()[0]) for line in lines]
-    stints = len({line["stint"] for line in lines})
     clock = f"SM clock at the end {_spread(clocks, ',.0f')} MHz"
-    return f"{stints} stint{'s' if stints > 1 else ''} on {', '.join(gpus)}; {clock}; {', '.join(packages)}."
+    return f"{', '.join(gpus)}; {clock}; {', '.join(packages)}."
 
 
 def with_table(page: str, lines: Sequence[Line]) -> str:
     """The page with its table made anew."""
-    begin, rest = page.split(BEGIN)
-    _, end = rest.split(END)
-    found = conditions(lines) if lines else "Nothing was run yet."
-    return f"{begin}{BEGIN}\n{table(PLAN, lines)}\n\n{found}\n{END}{end}"
+    return between(page, BEGIN, END, f"{table(PLAN, lines)}\n\n{conditions(lines) if lines else NOTHING}")
+
+
+def between(page: str, begin: str, end: str, text: str) -> str:
+    """The page with `text` between two of its lines."""
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 if __name__ == "__main__":
