@@ -29,7 +29,8 @@ from shapes import SHAPES, write_rows
 
 ROWS = 8_000  # as the mixture of open-models has; more would not change a packed step
 DTYPES = {"llama2-custom": "float16"}  # what `auto` is on the T4 that it is meant for
-LEAST = 60.0  # seconds without which nothing is begun
+LEAST = 120.0  # seconds without which nothing is begun
+GRACE = 60.0  # seconds to write what was trained, before a job is cut off
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def measured(task: Task, given: argparse.Namespace, left: float) -> Line:
         *("--steps", str(task.steps), "--seconds", str(min(given.seconds, left - 30)), "--device", given.device),
         *(("--dtype", DTYPES[task.run.name]) if task.run.name in DTYPES else ()),
     ]
-    return figures_of(arguments, left)
+    return figures_of(arguments, min(left, given.seconds + GRACE))
 
 
 def wanted(tasks: Sequence[Task], lines: Sequence[Line], names: Sequence[str]) -> list[Task]:
@@ -135,10 +136,10 @@ def main() -> None:
         left = end - time.monotonic()
         if left < LEAST:
             break
-        before = gpu() if given.device == "cuda" else {}
+        before = gpu()
         found = measured(task, given, left)
-        after = gpu() if given.device == "cuda" else {}
-        about = {**task.about, "asked steps": task.steps, "shape": given.shape or task.run.shape}
+        after = gpu()
+        about = {**task.about, "shape": given.shape or task.run.shape, "dtype": DTYPES.get(task.run.name)}
         line = {**about, **found, "versions": versions(), "gpu before": before, "gpu after": after}
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

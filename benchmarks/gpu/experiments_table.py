@@ -1,4 +1,4 @@
-"""Write two tables of docs/benchmarks.md from experiments.jsonl: `python benchmarks/gpu/experiments_table.py`."""
+"""Write three tables of docs/benchmarks.md from experiments.jsonl: `python benchmarks/gpu/experiments_table.py`."""
 
 import sys
 from collections.abc import Sequence
@@ -13,6 +13,10 @@ HEADS = {
     "runs": (
         *("experiment", "run", "whole job, s", "before the first step, s", "s a step", "tokens/s"),
         *("allocated GiB", "reserved GiB", "computed by"),
+    ),
+    "merge": (
+        *("device", "merged model, GiB", "s", "anonymous GiB at most", "resident GiB at most", "drift, rms"),
+        *("same next token", "chat in 4 bits, s", "chat with the merged model, s"),
     ),
     "notebook": (
         *("way", "steps", "tokens", "whole job, s", "s a step", "tokens/s", "allocated GiB"),
@@ -29,7 +33,8 @@ WAYS = {  # in which the job of llama2-sql-mix is run, in this order
 
 def tables(lines: Sequence[Line]) -> dict[str, str]:
     """Table → Markdown; what failed or was not run says so."""
-    return {"runs": _markdown("runs", _runs(lines)), "notebook": _markdown("notebook", _against_notebook(lines))}
+    rows = {"runs": _runs(lines), "notebook": _against_notebook(lines), "merge": _merges(lines)}
+    return {table: _markdown(table, found) for table, found in rows.items()}
 
 
 def _markdown(table: str, rows: Sequence[Sequence[str]]) -> str:
@@ -59,8 +64,9 @@ def _runs(lines: Sequence[Line]) -> list[list[str]]:
         if line is None or missing:
             rows.append([run.experiment, run.name, str(missing)])
             continue
+        dtype = f", {line['dtype']}" if line["dtype"] else ""
         short = f", {line['steps']} steps" if line["steps"] < line["steps in all"] else ""
-        rows.append([run.experiment, run.name + short, *_figures(line), "; ".join(line["computed by"])])
+        rows.append([run.experiment, run.name + dtype + short, *_figures(line), "; ".join(line["computed by"])])
     return rows
 
 
@@ -105,6 +111,20 @@ def _against_notebook(lines: Sequence[Line]) -> list[list[str]]:
     return rows
 
 
+def _merges(lines: Sequence[Line]) -> list[list[str]]:
+    rows = []
+    for device in ("cuda", "cpu"):
+        line = _found(lines, "merge", "llama2-sql-mix", device)
+        missing = _missing(line)
+        if line is None or missing:
+            rows.append([device, str(missing)])
+            continue
+        chats = [_missing(line[kind]) or f"{line[kind]['seconds']:,.0f}" for kind in ("chat in 4 bits", "chat merged")]
+        figures = [f"{line[kind]:,.1f}" for kind in ("merged GiB", "seconds", "anonymous GiB", "resident GiB")]
+        rows.append([device, *figures, f"{line['drift']['rms']}", f"{line['drift']['same next token']}", *chats])
+    return rows
+
+
 def whole(line: Line) -> float:
     """Seconds of the whole job; steps that were not made take as long as those after the warm-up."""
     missing = line["steps in all"] - line["steps"]
@@ -112,7 +132,7 @@ def whole(line: Line) -> float:
 
 
 def with_tables(page: str, lines: Sequence[Line]) -> str:
-    """The page with both tables made anew."""
+    """The page with its tables made anew."""
     for table, text in tables(lines).items():
         own = [line for line in lines if line["table"] == table]
         begin = f"<!-- {table}: made by benchmarks/gpu/experiments_table.py from benchmarks/gpu/experiments.jsonl -->"

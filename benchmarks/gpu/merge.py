@@ -9,6 +9,7 @@ which can be given up at any time, and with a CUDA device those of its libraries
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from run import Line, figures_of
+from experiments_table import EXPERIMENTS_RESULTS
+from run import HERE, Line, gpu, versions
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 KINDS = {"anonymous GiB": "RssAnon", "resident GiB": "VmRSS"}
@@ -48,18 +50,19 @@ def merge(job: Path, base: Path, device: str) -> Line:
     options = {**paths, "quantization": json.dumps(settings["quantization"]), "attention": "sdpa", "device": device}
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     found = watched([sys.executable, str(SCRIPTS / "merge_adapter.py"), *given], job / "merge.log")
+    if "failed" in found:
+        return found
     size = sum(file.stat().st_size for file in (job / "merged").glob("*.safetensors"))
-    drift = {} if "failed" in found else json.loads((job / "merged/merge.json").read_text(encoding="utf-8"))["drift"]
-    return {**found, "size GiB": round(size / 2**30, 2), "drift": drift}
+    drift = json.loads((job / "merged/merge.json").read_text(encoding="utf-8"))["drift"]
+    return {**found, "merged GiB": round(size / 2**30, 2), "drift": drift}
 
 
 def chat(job: Path, base: Path, experiment: str, device: str, merged: bool) -> Line:
     """The answer to one prompt, and how long it took from the start of the process."""
-    script = "chat.py"
     started = time.monotonic()
     answered = subprocess.run(
         [
-            *(sys.executable, str(SCRIPTS / script), str(job), "--prompt", PROMPT, "--max-new-tokens", "32"),
+            *(sys.executable, str(SCRIPTS / "chat.py"), str(job), "--prompt", PROMPT, "--max-new-tokens", "32"),
             *("--configfile", f"config/experiments/{experiment}.yaml", "--device", device),
             *(["--merged"] if merged else ["--base", str(base)]),
         ],
@@ -72,17 +75,24 @@ def chat(job: Path, base: Path, experiment: str, device: str, merged: bool) -> L
 
 
 def main() -> None:
-    """Merge and chat; each result is printed at once."""
+    """Merge and chat, and add a line of JSON to the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", type=Path)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--experiment", default="llama2-sql-mix", help="whose overlay names the model")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", HERE)) / EXPERIMENTS_RESULTS.name)
     given = parser.parse_args()
     job, base = given.job.resolve(), given.base.resolve()
-    print(json.dumps({"merge": merge(job, base, given.device), "device": given.device}), flush=True)
-    for merged in (False, True):
-        print(json.dumps({"chat merged" if merged else "chat in 4 bits": chat(job, base, given.experiment, given.device, merged)}), flush=True)
+    run = json.loads((job / "run.json").read_text(encoding="utf-8"))["name"]
+    found = merge(job, base, given.device)
+    print(json.dumps(found), flush=True)
+    for kind in () if "failed" in found else ("chat in 4 bits", "chat merged"):
+        found[kind] = chat(job, base, given.experiment, given.device, kind == "chat merged")
+        print(json.dumps({kind: found[kind]}), flush=True)
+    about = {"table": "merge", "experiment": given.experiment, "run": run, "way": given.device}
+    with given.out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**about, **found, "versions": versions(), "gpu after": gpu()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ BASES = {  # base model → its shape in shapes.py
     "mistral-7b-v0.1": "mistral-7b-v0.1",
     "zephyr-7b-beta": "mistral-7b-v0.1",
     "mistral-7b-instruct-v0.2": "mistral-7b",
-    "llama-2-7b": "llama-2-7b",
-    "llama-2-7b-chat": "llama-2-7b",
     "gemma-2b": "gemma-2b",
     "gemma-7b": "gemma-7b",
     "falcon-7b": "falcon-7b",
     "phi-2": "phi-2",
+    "llama-2-7b": "llama-2-7b",
+    "llama-2-7b-chat": "llama-2-7b",
 }
 
 

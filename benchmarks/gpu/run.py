@@ -10,6 +10,7 @@ failure, is a line of JSON at once.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -135,7 +136,9 @@ def _call(arguments: Sequence[str], seconds: float) -> str:
 
 
 def gpu() -> dict[str, str]:
-    """Name, SM clock, power and its limit, and temperature of the first GPU, as nvidia-smi says them."""
+    """Name, SM clock, power and its limit, and temperature of the first GPU, as nvidia-smi says them; {} without it."""
+    if not shutil.which("nvidia-smi"):
+        return {}
     fields = "name,clocks.sm,power.draw,power.limit,temperature.gpu"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
     answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout

@@ -77,11 +77,12 @@ def conditions(lines: Sequence[Line]) -> str:
 
 def machine(lines: Sequence[Line]) -> str:
     """What it was measured on and with, and how fast the GPU ran at the end of each measurement."""
-    gpus = sorted({f"{line['gpu after']['name']} (limit {line['gpu after']['power.limit']})" for line in lines})
+    after = [line["gpu after"] for line in lines if line["gpu after"]]
+    gpus = sorted({f"{gpu['name']} (limit {gpu['power.limit']})" for gpu in after})
     packages = sorted({f"{name} {version}" for line in lines for name, version in line["versions"].items()})
-    clocks = [float(line["gpu after"]["clocks.sm"].split()[0]) for line in lines]
-    clock = f"SM clock at the end {_spread(clocks, ',.0f')} MHz"
-    return f"{', '.join(gpus)}; {clock}; {', '.join(packages)}."
+    clocks = [float(gpu["clocks.sm"].split()[0]) for gpu in after]
+    clock = f"SM clock at the end {_spread(clocks, ',.0f')} MHz" if clocks else "no GPU"
+    return "; ".join([*gpus, clock, ", ".join(packages)]) + "."
 
 
 def with_table(page: str, lines: Sequence[Line]) -> str:
