@@ -98,6 +98,7 @@ def measured(task: Task, given: argparse.Namespace, left: float) -> Line:
         *(sys.executable, str(HERE / "job.py"), task.run.experiment, task.run.name, task.way),
         *("--folder", str(given.models / shape), "--rows", rows_of(task).removeprefix("rows-"), "--out", str(out)),
         *("--steps", str(task.steps), "--seconds", str(min(given.seconds, left - 30)), "--device", given.device),
+        *("--started", str(time.time())),
         *(("--dtype", DTYPES[task.run.name]) if task.run.name in DTYPES else ()),
     ]
     return figures_of(arguments, min(left, given.seconds + GRACE))

@@ -10,12 +10,13 @@ import argparse
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from overlays import Run, runs_of
-from watch import Watch, since_start
+from watch import Watch
 
 WAYS = {  # what a way changes in the settings; None: all rows once
     "ours": {},
@@ -40,7 +41,7 @@ def ours(given: argparse.Namespace, run: Run) -> dict[str, Any]:
 
     def watched(job: Any) -> Any:
         trainer = make_trainer(job)
-        watches.append(Watch(lambda: trainer.counter().tokens, WARM_UP, given.seconds))
+        watches.append(Watch(lambda: trainer.counter().tokens, lambda: age(given), WARM_UP, given.seconds))
         trainer.add_callback(watches[0])
         return trainer
 
@@ -66,7 +67,7 @@ def ours(given: argparse.Namespace, run: Run) -> dict[str, Any]:
         finished=str(given.out / "finished"),
         tensorboard=str(given.out / "tensorboard"),
     )
-    seconds = since_start()
+    seconds = age(given)
     record = read_json(given.out / "run.json")
     losses = [row["loss"] for row in read_table(given.out / "training_log.csv") if row["loss"]]
     return {
@@ -119,11 +120,16 @@ def notebook(given: argparse.Namespace, run: Run) -> dict[str, Any]:
     trainer = peers.notebook_trainer(given, common, quantization_config=nf4, device_map={"": device})
     counts: list[torch.Tensor] = []
     peers.count_tokens(trainer, counts)
-    watch = Watch(lambda: int(sum(counts)), WARM_UP, given.seconds)
+    watch = Watch(lambda: int(sum(counts)), lambda: age(given), WARM_UP, given.seconds)
     trainer.add_callback(watch)
     trainer.train()
     trainer.model.save_pretrained(given.out / "adapter")
-    return {"seconds of the job": round(since_start(), 1), **watch.figures(), "computed by": []}
+    return {"seconds of the job": round(age(given), 1), **watch.figures(), "computed by": []}
+
+
+def age(given: argparse.Namespace) -> float:
+    """Seconds since this process was started, imports included."""
+    return time.time() - given.started
 
 
 def main() -> None:
@@ -137,6 +143,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the run's folder, as results/runs/RUN")
     parser.add_argument("--steps", type=int, required=True, help="optimiser steps, where the way does not say")
     parser.add_argument("--seconds", type=float, default=1e9, help="age of the process after which training ends")
+    parser.add_argument("--started", type=float, default=time.time(), help="when the process was, in seconds of Unix")
     parser.add_argument("--dtype", help="of the products, where it is not the recipe's own")
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args()

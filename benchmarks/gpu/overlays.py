@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Run:
         return BASES[self.entry["model"]]
 
 
+@cache
 def configured(experiment: str) -> dict[str, Any]:
     """The whole configuration of an experiment, read as by `snakemake --configfile config/experiments/NAME.yaml`."""
     config: dict[str, Any] = {}
@@ -53,6 +55,7 @@ def configured(experiment: str) -> dict[str, Any]:
     return checked_config(config)
 
 
+@cache
 def runs_of(experiment: str) -> list[Run]:
     """The runs of an experiment, in its order."""
     config = configured(experiment)

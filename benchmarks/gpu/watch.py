@@ -1,28 +1,21 @@
 """When a training's steps begin and end, counted from the start of its process, and how many tokens they see."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from transformers import TrainerCallback
-
-
-def since_start() -> float:
-    """Seconds since this process was started, imports included."""
-    return time.time() - psutil.Process().create_time()
 
 
 class Watch(TrainerCallback):
     """Takes the time of the first step, and from the end of `warm_up` steps to the last; ends training in time.
 
-    `tokens` says how many tokens were seen so far, without padding. Training ends after the step in which the process
-    gets `seconds` old, and goes on as if that were its last.
+    `tokens` says how many tokens were seen so far, without padding, and `age` how many seconds old the process is.
+    Training ends after the step in which it gets older than `seconds`, as if that were its last.
     """
 
-    def __init__(self, tokens: Callable[[], int], warm_up: int, seconds: float) -> None:
-        self.tokens, self.warm_up, self.limit = tokens, warm_up, seconds
+    def __init__(self, tokens: Callable[[], int], age: Callable[[], float], warm_up: int, seconds: float) -> None:
+        self.tokens, self.age, self.warm_up, self.limit = tokens, age, warm_up, seconds
         self.steps = 0  # that are wanted
         self.marks: list[tuple[int, float, int]] = []  # step, seconds, tokens
 
@@ -38,7 +31,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:  # noqa: ARG002
         """Called after each step."""
-        if since_start() > self.limit:
+        if self.age() > self.limit:
             control.should_training_stop = True
         if control.should_training_stop or state.global_step == state.max_steps:
             self.mark(state.global_step)
@@ -47,7 +40,7 @@ class Watch(TrainerCallback):
         """Wait for the device, and note the time and the tokens."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.marks.append((step, since_start(), self.tokens()))
+        self.marks.append((step, self.age(), self.tokens()))
 
     def figures(self) -> dict[str, float]:
         """What was seen; speeds are over the steps after the warm-up, or over all where it ended before."""

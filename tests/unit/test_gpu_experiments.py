@@ -11,7 +11,6 @@ import pytest
 
 import experiments
 import merge
-import watch
 from experiments import Task, plan, wanted
 from experiments_table import EXPERIMENTS_RESULTS, WAYS, tables, with_tables
 from lengths import LENGTHS, drawn_rows, measured
@@ -190,17 +189,19 @@ def test_a_base_gives_up_its_place_to_one_of_another_shape(tmp_path: Path, monke
     assert experiments.prepared(first, tmp_path, first.run.shape, "cpu", 9.0) == {"failed": "no room"}
 
 
-def steps_seen(seen: Watch, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a trainer of that many steps begin at second 10, take 2 s a step, and stop where it is told to."""
+def watched(steps: int, limit: float) -> Watch:
+    """What saw a trainer of that many steps, which began at second 10, took 2 s a step, and stopped where it had to."""
+    now = [10.0]
+    seen = Watch(lambda: 100 * int(now[0]), lambda: now[0], 4, limit)
     state, control = SimpleNamespace(global_step=0, max_steps=steps), SimpleNamespace(should_training_stop=False)
     seen.on_train_begin(None, state, control)
     for step in range(steps):
         if not control.should_training_stop:
-            monkeypatch.setattr(watch, "since_start", lambda now=10.0 + 2 * step: now)
             seen.on_step_begin(None, state, control)
             state.global_step = step + 1
-            monkeypatch.setattr(watch, "since_start", lambda now=12.0 + 2 * step: now)
+            now[0] += 2.0
             seen.on_step_end(None, state, control)
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -208,10 +209,9 @@ def steps_seen(seen: Watch, steps: int, monkeypatch: pytest.MonkeyPatch) -> None
     [(20, 99.0, 20, 4), (4, 99.0, 4, 2), (1, 99.0, 1, 0), (20, 23.0, 7, 4), (20, 13.0, 2, 0)],
 )
 def test_speed_is_taken_after_the_warm_up_and_training_ends_in_time(
-    steps: int, limit: float, made: int, began: int, monkeypatch: pytest.MonkeyPatch
+    steps: int, limit: float, made: int, began: int
 ) -> None:
-    seen = Watch(lambda: 100 * int(watch.since_start()), 4, limit)
-    steps_seen(seen, steps, monkeypatch)
+    seen = watched(steps, limit)
     found = seen.figures()
     assert (found["steps"], found["steps in all"]) == (made, steps)
     assert seen.marks[-2][0] == began
