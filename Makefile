@@ -2,12 +2,13 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 CORES ?= all
+MINUTES ?= 9
 # The Python that .venv is made with: the tested one first. `PYTHON=path` overrides.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
   $$python -c "" >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pin record restore test lint docs lock reproduce verify seeds clean-cache clean venv
+.PHONY: help demo pin record restore test lint docs bench lock reproduce verify seeds clean-cache clean venv
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -48,6 +49,12 @@ lint: venv ## check the style and types of Python and Snakemake files
 docs: venv ## write docs/config.md from the schema, and the results table of README.md from the metrics
 	@$(BIN)/python tools/config_docs.py
 	@$(BIN)/python tools/readme_results.py
+
+bench: venv ## measure what this machine can: planning, tokenising, and training on a GPU (MINUTES=9 of it)
+	@$(BIN)/python benchmarks/plan_runs.py --runs 100 --repeats 3
+	@$(BIN)/python benchmarks/tokenize_rows.py --rows 5000 --repeats 3
+	@if nvidia-smi >/dev/null 2>&1; then $(BIN)/python benchmarks/gpu/run.py --minutes $(MINUTES) --out bench.jsonl; \
+	else echo "No NVIDIA GPU answers here (nvidia-smi), so benchmarks/gpu is left out."; fi
 
 lock: ## resolve pyproject.toml into the locks and the conda environments (UPGRADE=1: to newest versions)
 	@$(PYTHON) tools/lock.py $(if $(UPGRADE),--upgrade)

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
-from snakemake.utils import update_config
 from transformers import AutoModelForCausalLM, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from predict_rows import named_stops
-from qlora.config import checked_config, resolved_device
+from qlora.config import checked_config, laid_over, resolved_device
 from qlora.conversations import Message, message, placed_system
 from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl
@@ -131,7 +130,7 @@ def registered(run: Mapping[str, Any], overlays: Sequence[Path]) -> tuple[Mappin
     for path in [*map(Path, CONFIGS), *overlays]:
         if not path.is_file():
             raise UserError(f"{path} is not there; start this from the repository's folder")
-        update_config(config, yaml.safe_load(path.read_text(encoding="utf-8")))
+        config = laid_over(config, yaml.safe_load(path.read_text(encoding="utf-8")))
     full = checked_config(config)
     if run["model"] not in full["models"]:
         raise UserError(

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from plan import BF16, PARITY, PARITY_WAYS
-from table import HERE, PAGE, Line, lines_of, machine, with_block
+from table import HERE, NOTHING, PAGE, Line, lines_of, machine, with_block
 
 RESULTS = HERE / "parity.jsonl"
 BEGIN, END = (
@@ -85,7 +85,7 @@ def _spread(values: Sequence[float]) -> str:
 
 def with_table(page: str, lines: Sequence[Line]) -> str:
     """The page with its table made anew."""
-    found = f"{len(lines)} trainings {machine(lines)}" if lines else "Nothing was run yet."
+    found = f"{len(lines)} trainings on {machine(lines)}" if lines else NOTHING
     return with_block(page, BEGIN, END, f"{table(lines)}\n\n{found}")
 
 

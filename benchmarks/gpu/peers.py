@@ -30,17 +30,22 @@ def trained(given: argparse.Namespace, clock: Clock, build: Build) -> dict[str, 
                 "seed": 1,
             }
         )
-        original = trainer.training_step
-
-        def step(model: Any, inputs: Any, *args: Any, **rest: Any) -> Any:
-            mask = inputs.get("attention_mask")
-            counts.append(mask.sum() if mask is not None and mask.dim() == 2 else (inputs["labels"] != -100).sum())
-            return original(model, inputs, *args, **rest)
-
-        trainer.training_step = step
+        count_tokens(trainer, counts)
         trainer.add_callback(callback(clock))
         trainer.train()
     return clock.result(counts)
+
+
+def count_tokens(trainer: Any, counts: list[Any]) -> None:
+    """Add the tokens of each micro-step to `counts`."""
+    original = trainer.training_step
+
+    def step(model: Any, inputs: Any, *args: Any, **rest: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        counts.append(mask.sum() if mask is not None and mask.dim() == 2 else (inputs["labels"] != -100).sum())
+        return original(model, inputs, *args, **rest)
+
+    trainer.training_step = step
 
 
 def trl(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
@@ -83,26 +88,27 @@ def trl_packed(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
 
 
 def notebook(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
+    """A notebook's way."""
+    return trained(given, clock, lambda common: notebook_trainer(given, common))
+
+
+def notebook_trainer(given: argparse.Namespace, common: dict[str, Any], **options: Any) -> Any:
     """As notebooks do: fp32 norms, embeddings and head, the plain Trainer, rows padded to 512, every token learned.
 
-    Longer rows are padded to the next multiple of 512 rather than cut, so that the work is the others'.
+    Longer rows are padded to the next multiple of 512 rather than cut, so that the work is the others'. `options` are
+    those of loading the base.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-    network, tokenizer = _loaded(given)
+    network, tokenizer = _loaded(given, **options)
     network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=given.checkpointing)
-    network = get_peft_model(network, _lora(given))
-
-    def build(common: dict[str, Any]) -> Any:
-        return Trainer(
-            model=network,
-            args=TrainingArguments(**common),
-            train_dataset=_rows(given),
-            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=512),
-        )
-
-    return trained(given, clock, build)
+    return Trainer(
+        model=get_peft_model(network, _lora(given)),
+        args=TrainingArguments(**common),
+        train_dataset=_rows(given),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=512),
+    )
 
 
 def unsloth(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
@@ -148,7 +154,8 @@ def _loaded(given: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
 
     let_falcon_be_quantised()
     folder = given.folder / "model"
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0}, **options)
+    options = {"dtype": torch.bfloat16, "device_map": {"": 0}, **options}
+    network = AutoModelForCausalLM.from_pretrained(folder, **options)
     return network, AutoTokenizer.from_pretrained(folder)
 
 

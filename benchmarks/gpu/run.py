@@ -10,6 +10,7 @@ failure, is a line of JSON at once.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,22 +96,29 @@ def command(group: Group, way: Way, folder: Path) -> list[str]:
 def measure_on_gpu(models: Path, group: Group, way: Way, seconds: float) -> Line:
     """Measure a way in a process of its own, on a model that is made where `models` lacks it."""
     end, folder = time.monotonic() + seconds, models / group.shape
-    before, started = gpu(), time.monotonic()
+    if not (folder / "rows-mixed/card.json").is_file():  # what shapes.py writes last
+        made = figures_of([sys.executable, str(HERE / "shapes.py"), group.shape, str(folder)], seconds)
+        if "failed" in made:
+            return {**made, "versions": versions(), "gpu before": gpu(), "gpu after": gpu()}
+    before = gpu()
+    found = figures_of(command(group, way, folder), min(end - time.monotonic(), LIMIT))
+    return {**found, "versions": versions(), "gpu before": before, "gpu after": gpu()}
+
+
+def figures_of(arguments: Sequence[str], seconds: float) -> Line:
+    """The JSON object that a process prints, and how long it took; {"failed": why} where it fails."""
+    started = time.monotonic()
+    found: Line
     try:
-        if not (folder / "rows-mixed/card.json").is_file():  # what shapes.py writes last
-            _call([sys.executable, str(HERE / "shapes.py"), group.shape, str(folder)], seconds)
-            before, started = gpu(), time.monotonic()
-        seconds = min(end - started, LIMIT)
-        printed = _call(command(group, way, folder), seconds).splitlines()
-        found: Line = json.loads([line for line in printed if line.startswith('{"')][-1])  # peers print too
+        printed = _call(arguments, seconds).splitlines()
+        found = json.loads([line for line in printed if line.startswith('{"')][-1])  # peers print too
     except subprocess.TimeoutExpired as late:
         found = {"failed": f"cut off after {late.timeout:.0f} s"}
     except subprocess.CalledProcessError as failure:
         print(failure.stderr[-4000:], file=sys.stderr)
         last = [line for line in failure.stderr.splitlines() if line.strip()][-1:]
         found = {"failed": f"status {failure.returncode}: {''.join(last)[:300]}"}
-    wall = round(time.monotonic() - started, 1)
-    return {**found, "wall seconds": wall, "versions": versions(), "gpu before": before, "gpu after": gpu()}
+    return {**found, "wall seconds": round(time.monotonic() - started, 1)}
 
 
 def _call(arguments: Sequence[str], seconds: float) -> str:
@@ -128,7 +136,9 @@ def _call(arguments: Sequence[str], seconds: float) -> str:
 
 
 def gpu() -> dict[str, str]:
-    """Name, SM clock, power and its limit, and temperature of the first GPU, as nvidia-smi says them."""
+    """Name, SM clock, power and its limit, and temperature of the first GPU, as nvidia-smi says them; {} without it."""
+    if not shutil.which("nvidia-smi"):
+        return {}
     fields = "name,clocks.sm,power.draw,power.limit,temperature.gpu"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
     answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,7 @@
 """Random 4-bit models of real shapes, and rows of random tokens: speed does not depend on what the weights know."""
 
 import argparse
+import hashlib
 import json
 import random
 import shutil
@@ -17,6 +18,10 @@ ROOM = 2048  # tokens of a packed row
 SHAPES = {
     "llama-2-7b": transformers.LlamaConfig(max_position_embeddings=4096),
     "mistral-7b": transformers.MistralConfig(sliding_window=None, max_position_embeddings=32768),
+    "mistral-7b-v0.1": transformers.MistralConfig(sliding_window=4096, max_position_embeddings=32768),
+    "gemma-2b": transformers.GemmaConfig(
+        hidden_size=2048, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, intermediate_size=16384
+    ),
     "gemma-7b": transformers.GemmaConfig(),
     "falcon-7b": transformers.FalconConfig(
         vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71, multi_query=True,
@@ -37,14 +42,19 @@ def let_falcon_be_quantised() -> None:
     modeling_falcon.FalconLinear = torch.nn.Linear
 
 
+def save_random(shape: str, folder: Path, device: str) -> None:
+    """Write random weights of `shape` in bfloat16."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16).save_pretrained(folder)
+
+
 def make_model(shape: str, folder: Path, device: str) -> None:
     """Write a random model of `shape`, quantised as the workflow does it, and a tokenizer of as many ids."""
     config, whole = SHAPES[shape], folder.with_name(folder.name + "-bf16")
     let_falcon_be_quantised()
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(whole)
+    save_random(shape, whole, device)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -71,16 +81,22 @@ def make_rows(mix: str, vocabulary: int, tokens: int, folder: Path) -> None:
         length = ROOM if mix == "full" else max(16, min(ROOM, round(draw.lognormvariate(5.7, 0.9))))
         rows.append([draw.randrange(3, vocabulary) for _ in range(length)])
         written += length
+    write_rows(rows, rows, ROOM, folder)
+
+
+def write_rows(rows: list[list[int]], labels: list[list[int]], room: int, folder: Path) -> None:
+    """Write rows of at most `room` ids as the workflow's tokenised rows, for training alone."""
     folder.mkdir(parents=True)
-    table = pyarrow.table({"input_ids": rows, "labels": rows, "length": [len(row) for row in rows]})
+    table = pyarrow.table({"input_ids": rows, "labels": labels, "length": [len(row) for row in rows]})
+    hashes = {}
     for split in ("train", "validation"):
-        part = table if split == "train" else table.slice(0, 2)
-        with (
-            pyarrow.OSFile(str(folder / f"{split}.arrow"), "wb") as file,
-            pyarrow.ipc.new_stream(file, part.schema) as out,
-        ):
+        part, path = table if split == "train" else table.slice(0, 2), folder / f"{split}.arrow"
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, part.schema) as out:
             out.write_table(part)
-    card = {"max_length": ROOM, "validation": {"kept": 0}, "train": {"kept": len(rows)}, "stop ids": [2]}
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    counts = {"validation": {"kept": 0}, "train": {"kept": len(rows)}}
+    card = {"max_length": room, **counts, "stop ids": [2], "sha256": hashes}
     (folder / "card.json").write_text(json.dumps(card))
 
 
@@ -94,3 +110,4 @@ if __name__ == "__main__":
     make_model(given.shape, given.folder / "model", given.device)
     for mix in ("full", "mixed"):
         make_rows(mix, SHAPES[given.shape].vocab_size, given.tokens, given.folder / f"rows-{mix}")
+    print(json.dumps({"made": given.shape}))

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.jsonl", HERE.parents[1] / "docs/benchmarks.md"
 BEGIN, END = "<!-- GPU: made by benchmarks/gpu/table.py from benchmarks/gpu/results.jsonl -->", "<!-- end of GPU -->"
 HEAD = "way, tokens/s, s a step, allocated GiB, reserved GiB, repeats, first way of the group against it"
+NOTHING = "Nothing was run yet."
 Line = dict[str, Any]
 
 
@@ -69,18 +70,19 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 
 def conditions(lines: Sequence[Line]) -> str:
-    """What it was measured on and with, and how fast the GPU ran at the end of each measurement."""
+    """In how many stints it was measured, on what and with what."""
     stints = len({line["stint"] for line in lines})
-    return f"{stints} stint{'s' if stints > 1 else ''} {machine(lines)}"
+    return f"{stints} stint{'s' if stints > 1 else ''} on {machine(lines)}"
 
 
 def machine(lines: Sequence[Line]) -> str:
-    """The cards, their clocks and the packages, as the end of a sentence."""
-    gpus = sorted({f"{line['gpu after']['name']} (limit {line['gpu after']['power.limit']})" for line in lines})
+    """What it was measured on and with, and how fast the GPU ran at the end of each measurement."""
+    after = [line["gpu after"] for line in lines if line["gpu after"]]
+    gpus = sorted({f"{gpu['name']} (limit {gpu['power.limit']})" for gpu in after})
     packages = sorted({f"{name} {version}" for line in lines for name, version in line["versions"].items()})
-    clocks = [float(line["gpu after"]["clocks.sm"].split()[0]) for line in lines]
-    clock = f"SM clock at the end {_spread(clocks, ',.0f')} MHz"
-    return f"on {', '.join(gpus)}; {clock}; {', '.join(packages)}."
+    clocks = [float(gpu["clocks.sm"].split()[0]) for gpu in after]
+    clock = f"SM clock at the end {_spread(clocks, ',.0f')} MHz" if clocks else "no GPU"
+    return "; ".join([*gpus, clock, ", ".join(packages)]) + "."
 
 
 def with_block(page: str, begin: str, end: str, text: str) -> str:
@@ -92,7 +94,7 @@ def with_block(page: str, begin: str, end: str, text: str) -> str:
 
 def with_table(page: str, lines: Sequence[Line]) -> str:
     """The page with its table made anew."""
-    found = conditions(lines) if lines else "Nothing was run yet."
+    found = conditions(lines) if lines else NOTHING
     return with_block(page, BEGIN, END, f"{table(PLAN, lines)}\n\n{found}")
 
 

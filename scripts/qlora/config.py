@@ -227,7 +227,7 @@ def _run_with_its_recipe(
     """The run with its own recipe under `settings`: the named recipe, with the run's overrides laid over it."""
     recipe = schema["$defs"]["recipe"]
     _check_against(schema, recipe, run["overrides"], f"runs: {run['name']}.overrides")
-    return {**run, "settings": _laid_over(config["recipes"][run["recipe"]], run["overrides"])}
+    return {**run, "settings": laid_over(config["recipes"][run["recipe"]], run["overrides"])}
 
 
 def _check_recipe(where: str, recipe: Mapping[str, Any]) -> None:
@@ -262,7 +262,7 @@ def _check_recipe(where: str, recipe: Mapping[str, Any]) -> None:
         )
 
 
-def _laid_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, mappings merged at every level."""
-    both = {key: _laid_over(base[key], over[key]) for key in base if isinstance(base[key], Mapping) and key in over}
-    return {**base, **over, **both}
+def laid_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mappings merged at every level, as Snakemake lays one config file over another."""
+    both = [key for key in base if isinstance(base[key], Mapping) and isinstance(over.get(key), Mapping)]
+    return {**base, **over, **{key: laid_over(base[key], over[key]) for key in both}}

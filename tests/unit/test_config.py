@@ -8,7 +8,7 @@ import pytest
 import yaml
 from snakemake.utils import update_config
 
-from qlora.config import SCHEMA, check_pinned, checked_config, results_folder
+from qlora.config import SCHEMA, check_pinned, checked_config, laid_over, results_folder
 from qlora.errors import UserError
 from qlora.files import sha256_of
 
@@ -371,6 +371,22 @@ def as_snakemake_merges(overlay: Path | None) -> dict[str, Any]:
         if path:
             update_config(merged, yaml.safe_load(path.read_text(encoding="utf-8")))
     return merged
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=[path.stem for path in OVERLAYS])
+def test_config_files_are_laid_over_each_other_as_snakemake_does(overlay):
+    found: dict[str, Any] = {}
+    for path in [*(ROOT / "config" / f"{name}.yaml" for name in ("models", "datasets", "config")), overlay]:
+        found = laid_over(found, yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert found == as_snakemake_merges(overlay)
+
+
+@pytest.mark.parametrize("over", [{"a": 1}, {"a": {"b": 2}}, {"a": {"c": {"d": [2]}}}, {"a": None}, {"e": {"f": 1}}])
+def test_what_is_no_mapping_is_replaced_as_snakemake_does(over):
+    given = {"a": {"b": {"c": 1}, "c": {"d": [1, 2], "e": 3}}, "e": 1}
+    wanted = copy.deepcopy(given)
+    update_config(wanted, over)
+    assert laid_over(given, over) == wanted
 
 
 def test_shipped_configuration_passes():

@@ -211,3 +211,11 @@ def test_a_way_is_called_with_all_that_it_is(tmp_path: Path) -> None:
     called = " ".join(run.command(group, group.ways[0], tmp_path)[2:])
     assert called.startswith(f"{tmp_path} ours --rows mixed --batch 8 --batching grouped --steps 24")
     assert called.endswith("--targets query_key_value,dense,dense_h_to_4h,dense_4h_to_h")
+
+
+def test_a_machine_without_a_gpu_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.gpu() == {}
+    assert (
+        conditions([{"stint": 1, "gpu after": run.gpu(), "versions": {"torch": "2"}}]) == "1 stint on no GPU; torch 2."
+    )

@@ -1,0 +1,144 @@
+"""Write three tables of docs/benchmarks.md from experiments.jsonl: `python benchmarks/gpu/experiments_table.py`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+from overlays import EXPERIMENTS, runs_of
+from table import HERE, NOTHING, PAGE, Line, lines_of, machine, with_block
+
+EXPERIMENTS_RESULTS = HERE / "experiments.jsonl"
+HEADS = {
+    "runs": (
+        *("experiment", "run", "whole job, s", "before the first step, s", "s a step", "tokens/s"),
+        *("allocated GiB", "reserved GiB", "computed by"),
+    ),
+    "merge": (
+        *("device", "merged model, GiB", "s", "anonymous GiB at most", "resident GiB at most", "drift, rms"),
+        *("same next token", "chat in 4 bits, s", "chat with the merged model, s"),
+    ),
+    "notebook": (
+        *("way", "steps", "tokens", "whole job, s", "s a step", "tokens/s", "allocated GiB"),
+        *("its tokens/s over the notebook's", "the notebook's whole job over its own"),
+    ),
+}
+WAYS = {  # in which the job of llama2-sql-mix is run, in this order
+    "notebook": "a notebook's way",
+    "ours-rows": "ours, the same rows once",
+    "ours-steps": "ours, not packed: the same rows and steps",
+    "ours": "ours, as many packed steps",
+}
+
+
+def tables(lines: Sequence[Line]) -> dict[str, str]:
+    """Table → Markdown; what failed or was not run says so."""
+    rows = {"runs": _runs(lines), "notebook": _against_notebook(lines), "merge": _merges(lines)}
+    return {table: _markdown(table, found) for table, found in rows.items()}
+
+
+def _markdown(table: str, rows: Sequence[Sequence[str]]) -> str:
+    head = HEADS[table]
+    cells = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    return "\n".join(["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells]])
+
+
+def _found(lines: Sequence[Line], table: str, run: str, way: str) -> Line | None:
+    """The last line of a job, one with figures where there is one."""
+    mine = [line for line in lines if (line["table"], line["run"], line["way"]) == (table, run, way)]
+    return max(enumerate(mine), key=lambda item: ("failed" not in item[1], item[0]))[1] if mine else None
+
+
+def _missing(line: Line | None) -> str | None:
+    """Why there are no figures, or None where there are."""
+    if line is None:
+        return "not run"
+    return f"failed: {line['failed']}".replace("|", "/") if "failed" in line else None
+
+
+def _runs(lines: Sequence[Line]) -> list[list[str]]:
+    rows = []
+    for run in [run for experiment in EXPERIMENTS for run in runs_of(experiment)]:
+        line = _found(lines, "runs", run.name, "ours")
+        missing = _missing(line)
+        if line is None or missing:
+            rows.append([run.experiment, run.name, str(missing)])
+            continue
+        dtype = f", {line['dtype']}" if line["dtype"] else ""
+        short = f", {line['steps']} steps" if line["steps"] < line["steps in all"] else ""
+        rows.append([run.experiment, run.name + dtype + short, *_figures(line), "; ".join(line["computed by"])])
+    return rows
+
+
+def _figures(line: Line) -> list[str]:
+    return [
+        f"{line['seconds of the job']:,.0f}",
+        f"{line['seconds before the first step']:,.0f}",
+        f"{line['seconds a step']:.2f}",
+        f"{line['tokens per second']:,.0f}",
+        f"{line['allocated GiB']:.1f}",
+        f"{line['reserved GiB']:.1f}",
+    ]
+
+
+def _against_notebook(lines: Sequence[Line]) -> list[list[str]]:
+    [run] = [run.name for run in runs_of("llama2-sql-mix")]
+    theirs = _found(lines, "notebook", run, "notebook")
+    rows = []
+    for way, words in WAYS.items():
+        line = _found(lines, "notebook", run, way)
+        missing = _missing(line)
+        if line is None or missing:
+            rows.append([words, str(missing)])
+            continue
+        against = ["", ""]
+        if way != "notebook" and theirs and not _missing(theirs):
+            speed = line["tokens per second"] / theirs["tokens per second"]
+            against = [f"{speed:.1f} ×", f"{whole(theirs) / whole(line):.1f} ×"]
+        stopped = line["steps"] < line["steps in all"]
+        rows.append(
+            [
+                words,
+                f"{line['steps']} of {line['steps in all']}" if stopped else str(line["steps"]),
+                f"{line['tokens']:,}",
+                f"{whole(line):,.0f}{' extrapolated' if stopped else ''}",
+                f"{line['seconds a step']:.2f}",
+                f"{line['tokens per second']:,.0f}",
+                f"{line['allocated GiB']:.1f}",
+                *against,
+            ]
+        )
+    return rows
+
+
+def _merges(lines: Sequence[Line]) -> list[list[str]]:
+    rows = []
+    for device in ("cuda", "cpu"):
+        line = _found(lines, "merge", "llama2-sql-mix", device)
+        missing = _missing(line)
+        if line is None or missing:
+            rows.append([device, str(missing)])
+            continue
+        chats = [_missing(line[kind]) or f"{line[kind]['seconds']:,.0f}" for kind in ("chat in 4 bits", "chat merged")]
+        figures = [f"{line[kind]:,.1f}" for kind in ("merged GiB", "seconds", "anonymous GiB", "resident GiB")]
+        rows.append([device, *figures, f"{line['drift']['rms']}", f"{line['drift']['same next token']}", *chats])
+    return rows
+
+
+def whole(line: Line) -> float:
+    """Seconds of the whole job; steps that were not made take as long as those after the warm-up."""
+    missing = line["steps in all"] - line["steps"]
+    return line["seconds of the job"] + missing * line["seconds a step"]
+
+
+def with_tables(page: str, lines: Sequence[Line]) -> str:
+    """The page with its tables made anew."""
+    for table, text in tables(lines).items():
+        own = [line for line in lines if line["table"] == table]
+        begin = f"<!-- {table}: made by benchmarks/gpu/experiments_table.py from benchmarks/gpu/experiments.jsonl -->"
+        page = with_block(page, begin, f"<!-- end of {table} -->", f"{text}\n\n{machine(own) if own else NOTHING}")
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), lines_of(EXPERIMENTS_RESULTS)), encoding="utf-8")
