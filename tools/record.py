@@ -4,11 +4,10 @@ Refused where that would bless something stale, or a file that changed after its
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
@@ -30,7 +29,15 @@ from recorded import (  # noqa: E402 (scripts/ is no package)
     recorded_outs,
     remote_name,
 )
-from results_lock import LOCK, counted, declared_outputs, first_difference, made_lock, stage_outputs  # noqa: E402
+from results_lock import (  # noqa: E402
+    LOCK,
+    counted,
+    declared_outputs,
+    first_difference,
+    made_lock,
+    read_lock,
+    stage_outputs,
+)
 from strangers import leave_alone, strangers  # noqa: E402
 
 WHAT = "make record"
@@ -48,11 +55,11 @@ def record(root: Path) -> str:
     plan = planned(root)
     if plan.first:
         raise UserError(f"the results are stale, {plan.jobs} jobs are due, first: {plan.first}; run snakemake first")
-    lock, before = made_lock(root), read_json(root / LOCK) if (root / LOCK).exists() else {}
+    lock, before = made_lock(root), read_lock(root)
     refuse(changed_since(before, lock))
-    drop_half_written(root / "dvc.lock")
     leave_alone(root, strangers(root, [path for paths in stage_outputs(root).values() for path in paths], declared))
-    outs = into_cache(root)
+    with anew(root / "dvc.lock"):
+        outs = into_cache(root)
     jobs = {path: job_hash(noted) for path, noted in records.items()}
     made = {**lock, "outs": {path: out.md5 for path, out in outs.items()}, "jobs": jobs}
     unchanged = {**made, "commit": before.get("commit")} == before  # recorded again: not a file differs then
@@ -103,6 +110,8 @@ def changed_files(root: Path, declared: Iterable[str], records: Mapping[str, Map
     Told by its time, by what the jobs after it noted as its SHA-256, by source.json, card.json and run.json.
     """
     for path, noted in sorted(records.items()):
+        if "endtime" not in noted:
+            return f"what Snakemake noted about {path} is half-written"
         for file in sorted((root / path).rglob("*")) if (root / path).is_dir() else [root / path]:
             if file.is_file() and file.lstat().st_mtime > noted["endtime"]:
                 return f"{file.relative_to(root)} was modified after its job wrote it"
@@ -137,14 +146,17 @@ def changed_since(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
     return f"{difference} from what the same configuration and code recorded before" if difference else None
 
 
-def drop_half_written(path: Path) -> None:
-    """Remove a dvc.lock that a kill left half-written: DVC writes all of it anew."""
+@contextmanager
+def anew(path: Path) -> Iterator[None]:
+    """Have a file written without a look at what it was, which a kill may have cut off; it comes back at a failure."""
+    before = path.read_bytes() if path.exists() else None
+    path.unlink(missing_ok=True)
     try:
-        whole = not path.exists() or isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
-    except yaml.YAMLError:
-        whole = False
-    if not whole:
-        path.unlink()
+        yield
+    except UserError:
+        if before is not None:
+            path.write_bytes(before)
+        raise
 
 
 def main() -> int:

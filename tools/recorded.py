@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import yaml
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+from voluptuous import Invalid
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
+from left_behind import drop_dead_list  # noqa: E402 (scripts/ is no package)
 from qlora.errors import UserError  # noqa: E402
 from qlora.files import read_json  # noqa: E402
 from qlora.locks import HELD, RESULTS_LOCK, locked  # noqa: E402
-from results_lock import dvc_stages  # noqa: E402 (scripts/ is no package)
+from results_lock import dvc_stages  # noqa: E402
 
 CACHE = Path(".dvc/cache/files/md5")
 METADATA = Path(".snakemake/metadata")
@@ -63,8 +66,11 @@ def why_failed(tool: str, shown: str) -> str:
     if "No space left on device" in shown:
         return NO_SPACE
     lines = [line.strip() for line in shown.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return f"{tool}: {(errors or lines or ['it failed without a word'])[0]}"
+    first = next((place for place, line in enumerate(lines) if line.startswith("ERROR: ")), 0)
+    said = lines[first : first + 1] or ["it failed without a word"]
+    if said[0].endswith(":"):
+        said += lines[first + 1 : first + 2]
+    return f"{tool}: {' '.join(said).removeprefix('ERROR: ')}"
 
 
 def alone(root: Path) -> TextIO:
@@ -72,6 +78,7 @@ def alone(root: Path) -> TextIO:
     lock = locked(root / RESULTS_LOCK)
     if any((root / ".snakemake/locks").glob("*")):
         raise UserError("a snakemake was killed here: see that no job of it still runs, then: snakemake --unlock")
+    drop_dead_list(root)
     return lock
 
 
@@ -99,7 +106,7 @@ def md5_of(path: Path) -> str:
 
 
 def recorded_outs(root: Path) -> dict[str, Out]:
-    """Path → output, of all that dvc.lock holds; none where there is no dvc.lock."""
+    """Path → output, of all that dvc.lock holds; none where there is no dvc.lock. Raises UserError for half a file."""
     if not (root / "dvc.lock").exists():
         return {}
     uncached = {
@@ -109,12 +116,15 @@ def recorded_outs(root: Path) -> dict[str, Out]:
         for path, flags in (output.items() if isinstance(output, Mapping) else [])
         if not flags.get("cache", True)
     }
-    stages = (yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8")) or {}).get("stages", {})
-    return {
-        out["path"]: Out(out["md5"], out["path"] not in uncached)
-        for stage in stages.values()
-        for out in stage.get("outs", [])
-    }
+    try:
+        lock = COMPILED_LOCKFILE_SCHEMA(yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8")))
+        return {
+            out["path"]: Out(out["md5"], out["path"] not in uncached)
+            for stage in lock.get("stages", {}).values()
+            for out in stage.get("outs", [])
+        }
+    except (yaml.YAMLError, Invalid, KeyError):
+        raise UserError("dvc.lock is not whole: take it back with git, or make record writes it anew") from None
 
 
 def cached(root: Path, md5: str) -> Path:
@@ -162,10 +172,21 @@ def drop_damaged(root: Path, outs: Mapping[str, Out]) -> None:
 
 
 def job_records(root: Path) -> dict[str, dict[str, Any]]:
-    """Output → what Snakemake noted about the job that made it, of all that it made in this folder."""
+    """Output → what Snakemake noted about the job that made it, of all that it made in this folder.
+
+    Nothing but where it stands, of what a kill left half-written: to Snakemake it is no note.
+    """
     folder = root / METADATA
     files = [file for file in folder.rglob("*") if file.is_file()]
-    return {_output_of(file.relative_to(folder)): {**read_json(file), "noted in": str(file)} for file in files}
+    return {_output_of(file.relative_to(folder)): {**_whole_note(file), "noted in": str(file)} for file in files}
+
+
+def _whole_note(file: Path) -> dict[str, Any]:
+    """What a note of Snakemake's says; nothing where half of it is there."""
+    try:
+        return read_json(file)
+    except json.JSONDecodeError:
+        return {}
 
 
 def _output_of(name: Path) -> str:

@@ -40,7 +40,7 @@ from recorded import (  # noqa: E402 (scripts/ is no package)
     recorded_outs,
     remote_name,
 )
-from results_lock import LOCK, declared_outputs, git  # noqa: E402
+from results_lock import LOCK, declared_outputs, git, read_lock  # noqa: E402
 from strangers import leave_alone, lies_in, strangers  # noqa: E402
 
 WHAT = "make restore"
@@ -55,8 +55,9 @@ RECOMPUTE = "make reproduce computes the results anew"
 
 def restore(root: Path, discard: bool = False) -> str:
     """Bring back the recorded results below `root`, and say so. Raises UserError with the reason to refuse."""
-    outs, lock = recorded_outs(root), read_json(root / LOCK) if (root / LOCK).exists() else {}
-    refuse(not_recorded(outs, lock) or dirty(git(root, "status", "--porcelain", "--untracked-files=no")))
+    refuse(dirty(git(root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no")))
+    outs, lock = recorded_outs(root), read_lock(root)
+    refuse(not_recorded(outs, lock))
     refuse(other_bytes(root, {path: out.md5 for path, out in outs.items() if not out.cached}))
     bulk = {path: out for path, out in outs.items() if out.cached}
     fetch(root, bulk)
@@ -183,7 +184,7 @@ def agree(root: Path, jobs: Mapping[str, str]) -> str | None:
     """
     ran(root, "snakemake", "--touch", "--forceall", "--keep-going", "--nolock", "--cores", "1", check=False)
     for path, noted in job_records(root).items():
-        if path in jobs and (root / path).exists():
+        if "endtime" in noted and path in jobs and (root / path).exists():
             changed = {key: value for key, value in noted.items() if key != "noted in"} | {"software_stack_hash": None}
             if jobs[path] != job_hash(noted):
                 changed["params"] = ["recorded with others"]

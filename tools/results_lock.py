@@ -106,6 +106,14 @@ def counted(files: Files) -> str:
     return f"{sum(map(len, files.values()))} files of {sum(map(bool, files.values()))} stages"
 
 
+def read_lock(root: Path) -> dict[str, Any]:
+    """The lock that was recorded below `root`; empty where none was. Raises UserError where it is not JSON."""
+    try:
+        return read_json(root / LOCK) if (root / LOCK).exists() else {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{LOCK}, line {error.lineno}: not JSON; take the file back with git") from None
+
+
 def made_lock(root: Path) -> dict[str, Any]:
     """The lock of the results below `root` as they are now; equal results and repositories give equal locks."""
     declared = declared_outputs(root)

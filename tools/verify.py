@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from results_lock import LOCK, ROOT, content_hash  # makes the modules below importable
+from results_lock import LOCK, ROOT, content_hash, read_lock  # makes the modules below importable
 
 # isort: split
 from qlora.errors import UserError
@@ -84,8 +84,8 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or not arguments[0]:
         print("verify: error: name a run, as in `make verify RUN=llama`", file=sys.stderr)
         return 1
-    lock = read_json(ROOT / LOCK) if (ROOT / LOCK).is_file() else {}
     try:
+        lock = read_lock(ROOT)
         checked = list(verify(ROOT, arguments[0], lock))
     except (UserError, OSError) as error:
         print(f"verify: error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 from base64 import urlsafe_b64encode
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from qlora.errors import UserError
 from qlora.files import sha256_of_file
-from record import changed_files, changed_since, drop_half_written, record
+from record import anew, changed_files, changed_since, record
 from recorded import (
     NO_SPACE,
     Out,
@@ -21,9 +22,11 @@ from recorded import (
     md5_of,
     not_in_cache,
     read_plan,
+    recorded_outs,
     why_failed,
 )
 from restore import dirty, lost, not_recorded, other_bytes
+from results_lock import read_lock
 
 PLAN = """Building DAG of jobs...
 Job stats:
@@ -73,6 +76,11 @@ def test_a_failure_is_told_in_one_line():
     assert why_failed("dvc", "x\nERROR: failed to push - No space left on device\n") == NO_SPACE
     assert why_failed("dvc", "working\nERROR: no such remote\nHaving any troubles?\n") == "dvc: no such remote"
     assert why_failed("snakemake", "\nWorkflowError in x\n") == "snakemake: WorkflowError in x"
+    assert (
+        why_failed("dvc", "ERROR: busy, blocked by:\n  (PID 7): dvc repro\n")
+        == "dvc: busy, blocked by: (PID 7): dvc repro"
+    )
+    assert why_failed("dvc", "") == "dvc: it failed without a word"
 
 
 def test_what_a_killed_snakemake_left_locked_is_told(tmp_path):
@@ -136,12 +144,66 @@ def test_what_differs_from_an_equal_record_is_named_and_another_machine_is_none(
     assert changed_since(before, {**now, "decided by": "2"}) is None
 
 
-@pytest.mark.parametrize(("text", "stays"), [("stages: {}\n", True), ("stages: {a", False), ("", False)])
-def test_a_half_written_lock_goes(tmp_path, text, stays):
+@pytest.mark.parametrize("before", [None, b"stages: {a"])
+def test_dvc_lock_is_written_anew_and_stays_where_that_fails(tmp_path, before):
     path = tmp_path / "dvc.lock"
-    path.write_text(text)
-    drop_half_written(path)
-    assert path.exists() == stays
+    if before is not None:
+        path.write_bytes(before)
+    with suppress(UserError), anew(path):
+        assert not path.exists()
+        path.write_text("half")
+        raise UserError("a full disk")
+    assert path.read_bytes() == (before or b"half")
+    with anew(path):
+        path.write_text("new")
+    assert path.read_text() == "new"
+
+
+DVC_LOCK = """schema: '2.0'
+stages:
+  train:
+    cmd: make it
+    outs:
+    - path: results/runs
+      hash: md5
+      md5: 1.dir
+      size: 12
+"""
+
+
+def test_of_a_dvc_lock_cut_off_anywhere_nothing_is_read_that_is_not_there(tmp_path):
+    (tmp_path / "dvc.yaml").write_text("stages: {}")
+    assert recorded_outs(tmp_path) == {}
+    for end in range(len(DVC_LOCK)):
+        (tmp_path / "dvc.lock").write_text(DVC_LOCK[:end])
+        with suppress(UserError):
+            assert set(recorded_outs(tmp_path)) <= {"results/runs"}
+    (tmp_path / "dvc.lock").write_text(DVC_LOCK[: DVC_LOCK.index("md5: ")])
+    with pytest.raises(
+        UserError, match=r"dvc\.lock is not whole: take it back with git, or make record writes it anew"
+    ):
+        recorded_outs(tmp_path)
+    (tmp_path / "dvc.lock").write_text(DVC_LOCK)
+    assert recorded_outs(tmp_path) == {"results/runs": Out("1.dir", True)}
+
+
+def test_a_lock_that_is_not_json_is_told_with_its_line(tmp_path):
+    assert read_lock(tmp_path) == {}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/lock.json").write_text('{"outs": {},\n<<<<<<< HEAD\n')
+    with pytest.raises(UserError, match=r"results/lock\.json, line 2: not JSON; take the file back with git"):
+        read_lock(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"rule": "trai'])
+def test_a_half_written_note_of_snakemake_counts_for_what_is_recorded_alone(tmp_path, text):
+    noted(tmp_path, "results/a")
+    noted(tmp_path, "results/other")
+    (note,) = (tmp_path / ".snakemake/metadata").glob(urlsafe_b64encode(b"results/other").decode())
+    note.write_text(text)
+    records = job_records(tmp_path)
+    assert changed_files(tmp_path, [], {"results/a": records["results/a"]}) is None
+    assert changed_files(tmp_path, [], records) == "what Snakemake noted about results/other is half-written"
 
 
 def test_a_job_is_another_when_its_params_inputs_or_own_files_are(tmp_path):

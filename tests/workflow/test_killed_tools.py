@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from base64 import urlsafe_b64encode
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,39 @@ def test_a_killed_restore_is_not_used_and_completes_when_run_again(
         assert not list(clone.folder.glob("results/*/*"))
     assert "nothing to do" in again(clone, "restore")
     assert clone.bytes_of() == published.bytes_of()
+
+
+NOTE = ".snakemake/metadata/" + urlsafe_b64encode(b"results/experiments/other/metrics.csv").decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (".dvc/tmp/rwlock", ""),
+        (".dvc/tmp/rwlock", '{"write": {"/home/me/results/sour'),
+        ("dvc.lock", "schema: '2.0'\nstages:\n"),
+        (
+            "dvc.lock",
+            "schema: '2.0'\nstages:\n  download:\n    cmd: x\n    outs:\n    - path: results/sources\n      hash: m",
+        ),
+        (NOTE, ""),
+        (NOTE, '{"rule": "coll'),
+    ],
+)
+def test_what_a_kill_left_half_written_is_in_nobodys_way(
+    published: Repository, tmp_path: Path, name: str, text: str
+) -> None:
+    copy = published.copy(tmp_path / "copy")
+    copy.write(name, text)
+    assert copy.tool("record").startswith("Recorded ")
+    assert copy.run("git", "status", "--short") == ""
+    copy.write(name, text)
+    if name == "dvc.lock":
+        assert "error: dvc.lock differs from the commit: commit it" in copy.tool("restore", expect=1)
+        copy.run("git", "checkout", "--quiet", name)
+    assert "nothing to do" in copy.tool("restore")
+    assert copy.bytes_of() == published.bytes_of()
+    assert copy.jobs() == set()
 
 
 @pytest.mark.parametrize("whom", KILLED)

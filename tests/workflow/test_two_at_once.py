@@ -1,7 +1,11 @@
 """Two at work in one folder: the second says who the first is, and nothing is damaged."""
 
+import os
 import shutil
+import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,14 +20,25 @@ def refusal(running: subprocess.Popen[str], command: str, folder: Path) -> str:
     )
 
 
+@contextmanager
+def paused(running: subprocess.Popen[str]) -> Iterator[None]:
+    """Hold up a tool and all that it started, so that it does not end before another one has looked."""
+    os.killpg(running.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(running.pid, signal.SIGCONT)
+
+
 def test_beside_a_restore_neither_a_tool_nor_snakemake_runs(published: Repository, tmp_path: Path) -> None:
     clone = published.clone(tmp_path / "clone", remote_of(published))
     running = started(clone, "restore")
     wait_until((clone.folder / ".snakemake/restoring").exists, running)
     told = refusal(running, "tools/restore.py", clone.folder / "_").replace("_.", ".")
-    assert clone.tool("restore", expect=1) == f"make restore: error: {told}"
-    assert clone.tool("record", expect=1) == f"make record: error: {told}"
-    shown = clone.snakemake("-n", configs=(), expect=1).stdout
+    with paused(running):
+        assert clone.tool("restore", expect=1) == f"make restore: error: {told}"
+        assert clone.tool("record", expect=1) == f"make record: error: {told}"
+        shown = clone.snakemake("-n", configs=(), expect=1).stdout
     assert f"process {running.pid} (tools/restore.py) is at work here" in shown
     assert "nothing to do" in running.communicate(timeout=120)[0]
     assert clone.jobs() == set()
@@ -35,7 +50,8 @@ def test_beside_a_record_snakemake_does_not_run(published: Repository, tmp_path:
     shutil.rmtree(copy.folder / ".dvc/cache")
     running = started(copy, "record")
     wait_until((copy.folder / ".dvc/cache").exists, running)
-    shown = copy.snakemake("--cores", "1", configs=(), expect=1).stdout
+    with paused(running):
+        shown = copy.snakemake("--cores", "1", configs=(), expect=1).stdout
     assert f"process {running.pid} (tools/record.py) is at work here" in shown
     assert running.communicate(timeout=120)[0].startswith("Recorded ")
     assert copy.jobs() == set()
