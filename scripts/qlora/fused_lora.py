@@ -1,8 +1,9 @@
 """LoRA over frozen 4-bit layers as few operations: the products added in place, nothing saved that can be had again.
 
 PEFT keeps the layers, their weights and their names; only how they are computed changes. The mathematics is that of
-LoRA (arXiv 2106.09685): y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with W dequantised for each product and forgotten after it. Where
-one kernel does both, W is made whole as W + s B A, rounded once: then the layer's products are those of W alone.
+LoRA (arXiv 2106.09685): y = x Wᵀ + b + s (d(x) Aᵀ) Bᵀ, where d is dropout, and W dequantised for each product and
+forgotten after it. Without dropout, and where one kernel does both, W is made whole as W + s B A, rounded once: then
+the layer's products are those of W alone.
 """
 
 import types
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from qlora import fp8
 from qlora.activations import Activation, activation_of
+from qlora.dropout import Dropout
 from qlora.errors import UserError
 from qlora.nf4 import can_add, dequantized, make_room
 
@@ -30,8 +32,11 @@ class Group:
     The scaling s goes to A on the way forward and to B on the way back, so that no gradient has to be scaled.
     """
 
-    def __init__(self, modules: Sequence[Linear4bit], in_fp8: bool = False) -> None:
+    def __init__(
+        self, modules: Sequence[Linear4bit], in_fp8: bool = False, dropout: Dropout | None = None, number: int = 0
+    ) -> None:
         self.modules = modules
+        self.dropout, self.number = dropout, number
         self.fp8 = [fp8.Weight(module.base_layer.weight) for module in modules] if in_fp8 else None
         names = [module.active_adapters[0] for module in modules]
         self.scalings = [module.scaling[name] for module, name in zip(modules, names, strict=True)]
@@ -43,12 +48,21 @@ class Group:
         self.scaled_a = torch.empty_like(self.a)
         self.bs = [torch.empty_like(b, dtype=self.dtype) for b in self.learned_b]  # (out, rank) each
         self.scaled_bs = [torch.empty_like(b) for b in self.bs]
-        self.added = not in_fp8 and all(can_add(module.base_layer.weight) for module in modules)
+        self.can_add = not in_fp8 and all(can_add(module.base_layer.weight) for module in modules)
 
     @property
     def learned(self) -> list[Tensor]:
         """A and B of each layer by turns."""
         return [weight for pair in zip(self.learned_a, self.learned_b, strict=True) for weight in pair]
+
+    @property
+    def added(self) -> bool:
+        """Whether adapters are added to the weights: not where their input is another."""
+        return self.can_add and not (self.dropout and self.modules[0].training)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What the adapters see of `x`, or the gradient of that, with one mask for all layers."""
+        return self.dropout(x, self.number) if self.dropout and self.modules[0].training else x
 
     def weight(self, place: int) -> Tensor:
         """W (out, in) of one layer, or W + s B A where adapters are `added`, until the next is asked for."""
@@ -57,7 +71,7 @@ class Group:
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each layer's output (tokens, out) for `x` (tokens, in), and s x Aᵀ of all (tokens, sum of ranks)."""
-        narrow = x @ self.scaled_a.t()
+        narrow = self.dropped(x) @ self.scaled_a.t()
         frozen = fp8.products(self.fp8, x) if self.fp8 else None
         outputs = []
         for place, (part, b) in enumerate(zip(narrow.split(self.ranks, dim=1), self.bs, strict=True)):
@@ -78,14 +92,14 @@ class Group:
             return None, below
         if self.fp8:
             return fp8.gradient(self.fp8, grads).addmm_(below, self.a), below
-        of_x = None if self.added else below @ self.a
+        of_x = None if self.added else self.dropped(below @ self.a)
         for place, grad in enumerate(grads):
             of_x = grad @ self.weight(place) if of_x is None else of_x.addmm_(grad, self.weight(place))
         return of_x, below
 
     def adapter_gradients(self, x: Tensor, narrow: Tensor, below: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
         """Those of A and B by turns, in float32."""
-        of_a = in_float32(below.t(), x).split(self.ranks)
+        of_a = in_float32(below.t(), self.dropped(x)).split(self.ranks)
         of_b = [in_float32(grad.t(), part) for grad, part in zip(grads, narrow.split(self.ranks, dim=1), strict=True)]
         return [gradient for pair in zip(of_a, of_b, strict=True) for gradient in pair]
 
@@ -199,12 +213,12 @@ class Siblings:
         return output
 
 
-def why_not(module: Linear4bit) -> str | None:
+def why_not(module: Linear4bit, in_fp8: bool = False) -> str | None:
     """Why a layer keeps PEFT's own computation, or None."""
     (name, *others) = module.active_adapters
     if others or module.merged:
         return "several adapters, or a merged one"
-    if not isinstance(module.lora_dropout[name], nn.Identity):
+    if in_fp8 and dropout_of(module):
         return "dropout"
     if name in module.lora_variant:
         return "a variant of LoRA"
@@ -215,6 +229,12 @@ def why_not(module: Linear4bit) -> str | None:
     return None
 
 
+def dropout_of(module: Linear4bit) -> Dropout | None:
+    """The dropout before a layer's adapter, or None."""
+    layer = module.lora_dropout[module.active_adapters[0]]
+    return Dropout(layer.p, module.base_layer.weight.device) if isinstance(layer, nn.Dropout) else None
+
+
 def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     """Let each layer that can be computed by the functions above be so, and say in a line what was chosen and why.
 
@@ -222,7 +242,7 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     than its input given, a layer is computed by PEFT. Raises UserError where not every layer can be `in_fp8`.
     """
     modules = {name: module for name, module in network.named_modules() if isinstance(module, Linear4bit)}
-    reasons = {name: why_not(module) for name, module in modules.items()}
+    reasons = {name: why_not(module, in_fp8) for name, module in modules.items()}
     free = {name: module for name, module in modules.items() if reasons[name] is None}
     why = ", ".join(sorted({reason for reason in reasons.values() if reason})) or "no 4-bit layer has an adapter"
     if in_fp8 and (not free or len(free) < len(modules)):
@@ -233,9 +253,10 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
         [module.base_layer.weight for module in free.values()], next(iter(free.values())).base_layer.compute_dtype
     )
     groups: list[Group] = []
+    dropout = dropout_of(next(iter(free.values())))
 
     def grouped(*modules: Linear4bit) -> Group:
-        groups.append(Group(modules, in_fp8))
+        groups.append(Group(modules, in_fp8, dropout, len(groups)))
         return groups[-1]
 
     gated, left = 0, dict(free)
@@ -259,11 +280,18 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     if in_fp8:
         fp8.make_room([group.fp8 for group in groups if group.fp8])
     refresh(groups)
-    network.get_base_model().register_forward_pre_hook(lambda *_: refresh(groups))
+
+    def begin(module: nn.Module, _: Any) -> None:
+        refresh(groups)
+        if dropout and module.training:
+            dropout.draw()
+
+    network.get_base_model().register_forward_pre_hook(begin)
     rest = len(modules) - len(free)
     approximate = ", frozen products approximate in FP8" if in_fp8 else ""
+    masks = f", dropout {dropout.share:g} with one mask for layers of one input" if dropout else ""
     left_out = f"; {rest} left to PEFT" if rest else ""
-    return f"fused LoRA: {len(free)} layers, {gated} gated MLPs whole{approximate}{left_out}"
+    return f"fused LoRA: {len(free)} layers, {gated} gated MLPs whole{approximate}{masks}{left_out}"
 
 
 def _replace(module: nn.Module, layers: Sequence[Linear4bit], compute: Callable[[Tensor], Tensor]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
+from peft.tuners.lora import Linear4bit
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -23,7 +24,7 @@ from qlora.batches import LikeLengths, PackedBatch, PaddedBatch, packs_of
 from qlora.errors import UserError
 from qlora.files import read_json
 from qlora.fp8 import check_card
-from qlora.fused_lora import fuse
+from qlora.fused_lora import fuse, why_not
 from qlora.liger import use_liger
 from qlora.loss import add_supervised_loss
 from qlora.models import compute_dtype, load_quantized
@@ -222,7 +223,6 @@ def make_trainer(job: Job) -> Trainer:
     taken_apart = job.batching == "packed" and use_packed_attention(network)
     attention = "FlashAttention over each packed row" if taken_apart else network.config._attn_implementation
     kernels = use_liger(network) if job.device != "cpu" else "no Liger kernels, there is no GPU"
-    random = draws(network) or settings["lora"]["dropout"] > 0
     add_supervised_loss(network)
     callbacks: list[TrainerCallback] = [TokenCounter(), TensorBoardCallback(writer)]
     if settings["patience"] is not None:
@@ -236,9 +236,10 @@ def make_trainer(job: Job) -> Trainer:
         train, validation = packs_of(train, room, 0), packs_of(validation, room, len(train))
         most = max(len(pack) for packs in (train, validation) for pack in packs["rows"]) if taken_apart else None
         collator = PackedBatch(rows, room, padding_id(tokenizer), most)
+    recomputing = {"use_reentrant": False}
     trainer = Trainer(
         model=network,
-        args=training_arguments(job, random),
+        args=training_arguments(job, recomputing),
         train_dataset=train,
         eval_dataset=validation if job.validated else None,
         processing_class=tokenizer,
@@ -259,6 +260,8 @@ def make_trainer(job: Job) -> Trainer:
             f"recipe: fp8 is for one process, and there are {processes}; train on one card, or set fp8: false"
         )
     fused = "no fused LoRA, several processes" if several else fuse(trainer.model, settings["fp8"])
+    random = draws(trainer.model, not several)
+    recomputing["preserve_rng_state"] = random  # read when training begins
     on_host = settings["checkpointing"] and job.device != "cpu"
     hidden = [keep_on_host(network, HostStates(job.device))] if on_host else []
     reason = "several processes" if several else why_no_graph(job, network, taken_apart, random)
@@ -270,10 +273,14 @@ def make_trainer(job: Job) -> Trainer:
     return trainer
 
 
-def draws(network: PreTrainedModel) -> bool:
-    """Whether the base itself drops activations at random in training."""
-    modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in network.modules())
-    return modules or bool(getattr(network.config, "attention_dropout", 0))
+def draws(network: PeftModel, fused: bool) -> bool:
+    """Whether a layer draws random numbers in training, which must be the same where it is computed again."""
+    layers = [
+        module for module in network.modules() if fused and isinstance(module, Linear4bit) and not why_not(module)
+    ]
+    own = {id(dropout) for layer in layers for dropout in layer.lora_dropout.values()}
+    drops = (module for module in network.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0)
+    return any(id(module) not in own for module in drops) or bool(getattr(network.config, "attention_dropout", 0))
 
 
 def why_no_graph(job: Job, network: PreTrainedModel, taken_apart: bool, random: bool) -> str | None:
@@ -290,12 +297,12 @@ def why_no_graph(job: Job, network: PreTrainedModel, taken_apart: bool, random: 
     if settings["lorentzian"]["weight"]:
         return "the penalty depends on the micro-steps of a step"
     if settings["checkpointing"] and random:
-        return "dropout with checkpointing restores random numbers"
+        return "dropout of PEFT or the base, with checkpointing, restores random numbers"
     return None
 
 
-def training_arguments(job: Job, random: bool) -> SFTConfig:
-    """The recipe in the trainer's own terms; `random` says whether something is dropped in training."""
+def training_arguments(job: Job, recomputing: dict[str, bool]) -> SFTConfig:
+    """The recipe in the trainer's own terms; `recomputing` is how checkpointed layers are computed again."""
     settings, seed, device = job.settings, job.seed, job.device
     dtype = compute_dtype(settings["quantization"]["compute_dtype"], device)
     arguments = SFTConfig(
@@ -317,10 +324,7 @@ def training_arguments(job: Job, random: bool) -> SFTConfig:
         num_train_epochs=settings["epochs"],
         max_steps=settings["max_steps"] or -1,
         gradient_checkpointing=settings["checkpointing"],
-        gradient_checkpointing_kwargs={
-            "use_reentrant": False,
-            "preserve_rng_state": random,
-        },
+        gradient_checkpointing_kwargs=recomputing,
         logging_steps=settings["log_steps"],
         eval_strategy="steps" if settings["eval_steps"] and job.validated else "no",
         eval_steps=settings["eval_steps"],

@@ -5,6 +5,7 @@ On a GPU: QLORA_TEST_DEVICE=cuda .venv/bin/pytest tests/unit/test_fused_lora.py
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from peft import PeftModel, get_peft_model
 from tiny_models import FAMILIES, QUANTIZATION, SETTINGS, layers_in_4_bits, make_base
 from transformers import AutoModelForCausalLM
 
-from qlora import fp8
+from qlora import fp8, fused_lora
 from qlora.adapters import lora_config
+from qlora.dropout import Dropout
 from qlora.errors import UserError
-from qlora.fused_lora import fuse
+from qlora.fused_lora import Group, fuse
 from qlora.models import load_quantized
 from qlora.nf4 import dequantized
 
@@ -35,6 +37,18 @@ def adapted(base: Path, quantization: dict[str, object], attention: str = "sdpa"
     )
     learn_at_random(network, 3)
     return network.train()
+
+
+class AsIn(torch.nn.Module):
+    """Dropout with the mask of a group."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropout = self.group.dropout
+        return dropout(x.reshape(-1, x.shape[-1]), self.group.number).view(x.shape) if self.training and dropout else x
 
 
 def learn_at_random(network: PeftModel, seed: int) -> None:
@@ -126,17 +140,69 @@ def test_without_its_adapter_a_network_is_the_base(tmp_path: Path) -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [({"dropout": 0.1}, "dropout"), ({"dora": True}, "a variant of LoRA")],
-    ids=["dropout", "dora"],
-)
-def test_what_it_does_not_cover_is_left_to_peft_and_said(
-    change: dict[str, object], reason: str, tmp_path: Path
+@pytest.mark.parametrize("family", ["llama", "gemma", "falcon", "phi-2"])
+def test_with_dropout_loss_and_gradients_are_those_of_peft_with_the_same_masks(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = adapted(make_base(tmp_path / "base"), EXACT, **change).eval()
+    base, groups = make_base(tmp_path / "base", family), []
+
+    class Listed(Group):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            groups.append(self)
+
+    monkeypatch.setattr(fused_lora, "Group", Listed)
+    attention = FAMILIES[family].attention
+    plain, fused = (adapted(base, EXACT, attention, dropout=0.3) for _ in range(2))
+    assert ", dropout 0.3 with one mask for layers of one input" in fuse(fused)
+    loss, gradients = loss_and_gradients(fused)
+    for name, module in fused.named_modules():
+        for group in groups:
+            if module in group.modules:
+                plain.get_submodule(name).lora_dropout["default"] = AsIn(group)
+    expected_loss, expected = loss_and_gradients(plain)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+    assert loss_and_gradients(fused)[0] != loss  # other masks
+    torch.testing.assert_close(loss_and_gradients(fused.eval())[0], loss_and_gradients(plain.eval())[0])
+
+
+def test_with_dropout_what_is_computed_again_has_the_same_masks(tmp_path: Path) -> None:
+    network = adapted(make_base(tmp_path / "base"), EXACT, dropout=0.3)
+    fuse(network)
+    torch.manual_seed(4)
+    loss, plain = loss_and_gradients(network)
+    network.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    torch.manual_seed(4)
+    again, recomputed = loss_and_gradients(network)
+    assert torch.equal(loss, again)
+    for one, other in zip(plain, recomputed, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_masks_are_as_many_as_asked_and_others_for_each_step_and_number(share: float) -> None:
+    dropout, ones = Dropout(share, torch.device(DEVICE)), torch.ones(300, 1001, device=DEVICE)
+    dropout.draw()
+    mask = dropout(ones, 0)
+    assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - share)])
+    assert torch.equal(dropout(ones, 0), mask)
+    others = [dropout(ones, 1)]
+    dropout.draw()
+    others.append(dropout(ones, 0))
+    for other in others:
+        both = float(((mask == 0) & (other == 0)).float().mean())
+        assert both == pytest.approx(share**2, rel=0.1)
+    for dim in (0, 1):
+        assert float((mask == 0).float().mean()) == pytest.approx(share, rel=0.02)
+        assert float((mask == 0).float().mean(dim).std()) < 1.3 * (share * (1 - share) / mask.shape[dim]) ** 0.5
+
+
+def test_what_it_does_not_cover_is_left_to_peft_and_said(tmp_path: Path) -> None:
+    network = adapted(make_base(tmp_path / "base"), EXACT, dora=True).eval()
     _, before = loss_and_gradients(network)
-    assert fuse(network) == f"fused LoRA: none, PEFT's own computation ({reason})"
+    assert fuse(network) == "fused LoRA: none, PEFT's own computation (a variant of LoRA)"
     for one, other in zip(loss_and_gradients(network)[1], before, strict=True):
         assert torch.equal(one, other)
 

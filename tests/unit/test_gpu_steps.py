@@ -213,6 +213,25 @@ def test_hidden_states_on_the_host_leave_the_gpu(bench: Bench, monkeypatch: pyte
     assert peaks[1] - peaks[0] > 0.6 * layers * packs * width * 2
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_replay_has_masks_of_its_own(bench: Bench, checkpointing: bool) -> None:
+    """The same batch again and again: the same gradients without dropout, others with each mask."""
+    lora = {**SETTINGS["lora"], "dropout": 0.5}
+    settings = {"quantization": HALF, "batching": "packed", "batch_size": 1, "checkpointing": checkpointing}
+    trainer = bench.trainer(**settings, lora=lora)
+    assert trainer.graph is not None
+    make_ready(trainer)
+    (batch, *_) = list(trainer.get_train_dataloader())
+    items, found = (batch["labels"] != IGNORED).sum(), []
+    for _ in range(6):
+        trainer.model.zero_grad()
+        trainer.training_step(trainer.model_wrapped, dict(batch), items)
+        found.append([weight.grad.clone() for weight in trainer.trainable() if weight.grad is not None])
+    assert trainer.graph.captured
+    assert all(distance(one, other) > 0.05 for place, one in enumerate(found) for other in found[:place])
+    assert all(distance(one, found[0]) < 3 for one in found)
+
+
 def test_recorded_steps_learn_as_eager_ones_do(bench: Bench) -> None:
     settings = {
         "quantization": HALF, "batching": "packed", "batch_size": 1, "accumulation": 2, "max_steps": 30,
@@ -305,7 +324,10 @@ def test_a_recipe_in_fp8_learns_as_one_in_bfloat16(bench: Bench) -> None:
     [
         ({"batching": "padded"}, "batches have no fixed shape"),
         ({"lorentzian": {"weight": 0.1, "gamma": 1.0}}, "the penalty depends on"),
-        ({"lora": {**SETTINGS["lora"], "dropout": 0.1}, "checkpointing": True}, "dropout with checkpointing"),
+        (
+            {"lora": {**SETTINGS["lora"], "dropout": 0.1, "dora": True}, "checkpointing": True},
+            "dropout of PEFT or the base",
+        ),
     ],
 )
 def test_what_cannot_be_recorded_says_why(bench: Bench, change: dict[str, Any], reason: str) -> None:

@@ -162,13 +162,14 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("batching", ["padded", "grouped", "packed"])
+@pytest.mark.parametrize(("batching", "dropout"), [("padded", 0.0), ("grouped", 0.2), ("packed", 0.0)])
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_adapter(
-    case: Case, monkeypatch: pytest.MonkeyPatch, batching: str
+    case: Case, monkeypatch: pytest.MonkeyPatch, batching: str, dropout: float
 ) -> None:
     # Five steps are in the second epoch, or later: 20 rows in batches of four or eight.
     settings: dict[str, Any] = {"batching": batching, "samples": 2, "max_steps": 8}
     settings |= {"batch_size": 8 if batching != "packed" else 2}
+    settings["lora"] = {**SETTINGS["lora"], "dropout": dropout}
     whole = case.train(f"whole-{batching}", checkpoints="elsewhere", **settings)
     made = stage.make_trainer
 
