@@ -85,7 +85,7 @@ def test_mistral_law_as_asked_for() -> None:
 
 
 def test_llama2_custom_as_asked_for() -> None:
-    holds(settings_of("llama2-custom", "small-card"), batch_size=1, accumulation=16, checkpointing=True)
+    holds(settings_of("llama2-custom", "small-card"), batch_size=4, accumulation=4, checkpointing=True)
     assert settings_of("llama2-custom", "small-card")["quantization"]["compute_dtype"] == "auto"
 
 
