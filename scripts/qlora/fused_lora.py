@@ -289,9 +289,10 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     network.get_base_model().register_forward_pre_hook(begin)
     rest = len(modules) - len(free)
     approximate = ", frozen products approximate in FP8" if in_fp8 else ""
+    added = ", adapters added to the weights" if any(group.added for group in groups) else ""
     masks = f", dropout {dropout.share:g} with one mask for layers of one input" if dropout else ""
     left_out = f"; {rest} left to PEFT" if rest else ""
-    return f"fused LoRA: {len(free)} layers, {gated} gated MLPs whole{approximate}{masks}{left_out}"
+    return f"fused LoRA: {len(free)} layers, {gated} gated MLPs whole{added}{approximate}{masks}{left_out}"
 
 
 def _replace(module: nn.Module, layers: Sequence[Linear4bit], compute: Callable[[Tensor], Tensor]) -> None:

@@ -19,10 +19,13 @@ Adapter = tuple[torch.Tensor, torch.Tensor]  # B (out, rank) and A (rank, in), t
 
 def can_add(weight: Params4bit) -> bool:
     """Whether an adapter can be added to a weight in the pass that makes it whole."""
+    return _in_one_pass(weight) and not weight.quant_state.shape[1] % weight.quant_state.blocksize
+
+
+def _in_one_pass(weight: Params4bit) -> bool:
     state = weight.quant_state
-    return (
-        nf4_triton is not None and weight.is_cuda and state.quant_type == "nf4" and not state.shape[1] % state.blocksize
-    )
+    whole_blocks = not state.shape.numel() % state.blocksize
+    return nf4_triton is not None and weight.is_cuda and state.quant_type == "nf4" and whole_blocks
 
 
 def dequantized(weight: Params4bit, dtype: torch.dtype, adapter: Adapter | None = None) -> torch.Tensor:
@@ -31,12 +34,9 @@ def dequantized(weight: Params4bit, dtype: torch.dtype, adapter: Adapter | None 
     On a GPU all weights are written to one place, in the order of the stream: use each before asking for the next.
     """
     state = weight.quant_state
-    if (
-        nf4_triton is not None
-        and weight.is_cuda
-        and state.quant_type == "nf4"
-        and not state.shape.numel() % state.blocksize
-    ):
+    if adapter is not None and not can_add(weight):
+        raise ValueError("no adapter can be added to this weight")
+    if _in_one_pass(weight):
         entries = state.shape.numel()
         room = _room.get((weight.device, dtype))
         if room is None or room.numel() < entries:

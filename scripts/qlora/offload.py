@@ -5,8 +5,7 @@ Transformers' `offload` copies in the compute's stream; TRL's waits for the GPU,
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-log = logging.getLogger("qlora")
 
 
 @dataclass(eq=False)
@@ -38,11 +35,11 @@ class HostStates:
     what was copied. Host memory is used again and never freed, since recorded steps write to it.
     """
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, tell: Callable[[str], Any]) -> None:
+        self.device, self.tell = device, tell
         self.side = torch.cuda.Stream() if device != "cpu" else None
         self.last: Kept | None = None  # of the forward that goes on
-        self.free: dict[int, list[Tensor]] = defaultdict(list)  # host memory, by size
+        self.free: list[Tensor] = []  # host memory
         self.refused = False
 
     def pack(self, state: Tensor) -> Kept | Tensor:
@@ -68,7 +65,7 @@ class HostStates:
         self._join(kept)
         if kept.below is not None:
             self._fetched(kept.below)
-        self.free[kept.room.nbytes].append(kept.room)  # what is written to it next comes later in the same stream
+        self.free.append(kept.room)  # what is written to it next comes later in the same stream
         kept.below = kept.here = None
         return state
 
@@ -94,15 +91,18 @@ class HostStates:
 
     def _room(self, needed: int) -> Tensor | None:
         """Host memory for `needed` bytes, pinned beside a GPU; None where there is no more."""
-        size = 1 << (needed - 1).bit_length()  # so that batches of many lengths share a few sizes
-        if self.free[size]:
-            return self.free[size].pop()
+        fitting = [place for place, room in enumerate(self.free) if room.nbytes >= needed]
+        if fitting:
+            return self.free.pop(min(fitting, key=lambda place: self.free[place].nbytes))
         if not self.refused:
+            size = 1 << (needed - 1).bit_length()  # so that batches of many lengths share a few sizes
             try:
                 return torch.empty(size, dtype=torch.uint8, pin_memory=self.side is not None)
             except RuntimeError as error:
                 self.refused = True
-                log.info("no more pinned memory, hidden states stay on the GPU: %s", str(error).split("\n")[0])
+                self.tell(
+                    f"hidden states on the GPU where no more pinned memory was to be had ({str(error).splitlines()[0]})"
+                )
         return None
 
 

@@ -4,7 +4,7 @@ from qlora.stage import Progress, log
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,14 @@ class Trainer(SFTTrainer):
     samples: Samples
     batching: str
     graph: StepGraph | None = None
-    chosen: list[str]  # how it is computed, in words
+    chosen: Sequence[str] = ()  # how it is computed, in words
     seconds = 0.0  # spent training, evaluations apart
     evaluating = 0.0  # seconds
+
+    def choose(self, *what: str) -> None:
+        """Say how it is computed, and remember it for the record."""
+        log.info("computed by %s", "; ".join(what))
+        self.chosen = [*self.chosen, *what]
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """What is learned: the adapter's weights."""
@@ -263,13 +268,12 @@ def make_trainer(job: Job) -> Trainer:
     random = draws(trainer.model, not several)
     recomputing["preserve_rng_state"] = random  # read when training begins
     on_host = settings["checkpointing"] and job.device != "cpu"
-    hidden = [keep_on_host(network, HostStates(job.device))] if on_host else []
+    hidden = [keep_on_host(network, HostStates(job.device, trainer.choose))] if on_host else []
     reason = "several processes" if several else why_no_graph(job, network, taken_apart, random)
     if reason is None:
         trainer.record_steps()
     graph = "micro-steps recorded as CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
-    trainer.chosen = [f"attention: {attention}", kernels, fused, *hidden, graph]
-    log.info("computed by %s", "; ".join(trainer.chosen))
+    trainer.choose(f"attention: {attention}", kernels, fused, *hidden, graph)
     return trainer
 
 

@@ -83,7 +83,8 @@ def test_loss_and_gradients_are_those_of_peft(family: str, tmp_path: Path) -> No
     said = fuse(network)
     layers = len(layers_in_4_bits(network))
     gated = "0 gated" if family in ("falcon", "phi-2", "phi3") else "2 gated"
-    assert said == f"fused LoRA: {layers} layers, {gated} MLPs whole"
+    added = ", adapters added to the weights" if DEVICE == "cuda" else ""
+    assert said == f"fused LoRA: {layers} layers, {gated} MLPs whole{added}"
     fused_loss, fused_gradients = loss_and_gradients(network)
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
     for one, other in zip(fused_gradients, gradients, strict=True):
@@ -256,7 +257,7 @@ def test_what_is_learned_is_seen_however_the_network_is_called(tmp_path: Path) -
 def test_some_layers_without_an_adapter_are_left_as_they_are(tmp_path: Path) -> None:
     network = adapted(make_base(tmp_path / "base"), EXACT, target_modules=["q_proj", "v_proj", "up_proj"])
     loss, gradients = loss_and_gradients(network)
-    assert fuse(network) == "fused LoRA: 6 layers, 0 gated MLPs whole"
+    assert fuse(network).startswith("fused LoRA: 6 layers, 0 gated MLPs whole")
     fused_loss, fused_gradients = loss_and_gradients(network)
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
     for one, other in zip(fused_gradients, gradients, strict=True):

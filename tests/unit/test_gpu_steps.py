@@ -263,20 +263,23 @@ def test_an_adapter_added_to_a_weight_is_rounded_once(dtype: torch.dtype, rank: 
         torch.testing.assert_close(found, exact, rtol=1.01 * step, atol=2e-6 * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("labels", [300, 32000])
-def test_the_loss_and_its_gradient_are_those_of_pytorch(labels: int, softcap: float | None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("labels", "softcap", "bias"), [(300, None, True), (300, 30.0, False), (32000, None, False)])
+def test_the_loss_and_its_gradient_are_those_of_pytorch(
+    labels: int, softcap: float | None, bias: bool, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(2)
-    head = torch.nn.Linear(64, labels, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    head = torch.nn.Linear(64, labels, bias=bias, device="cuda", dtype=dtype).requires_grad_(False)
     head.weight.copy_(torch.randn(labels, 64, generator=generator))
-    hidden = torch.randn(TILE + 100, 64, generator=generator).cuda().bfloat16().requires_grad_()
+    hidden = torch.randn(TILE + 100, 64, generator=generator).cuda().to(dtype).requires_grad_()
     wanted = torch.randint(0, labels, (len(hidden),), generator=generator).cuda()
     wanted[-10:] = IGNORED  # as packs are filled up
     found = summed_nll(hidden, wanted, head, softcap, len(wanted) - 10)
-    logits = (hidden.double() @ head.weight.double().t()).bfloat16().double()
+    logits = head(hidden).double()
     expected = torch.nn.functional.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, wanted)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
-    gradients = [torch.autograd.grad(loss, hidden)[0].float() for loss in (found, expected)]
+    scale = 1024.0  # of a loss in float16
+    gradients = [torch.autograd.grad(scale * loss, hidden)[0].float() / scale for loss in (found, expected)]
     assert distance(gradients[:1], gradients[1:]) < 0.01
 
 
