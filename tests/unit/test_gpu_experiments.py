@@ -187,6 +187,22 @@ def test_a_base_gives_up_its_place_to_one_of_another_shape(tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["phi-2"]
     monkeypatch.setattr(experiments, "figures_of", lambda *_: {"failed": "no room"})
     assert experiments.prepared(first, tmp_path, first.run.shape, "cpu", 9.0) == {"failed": "no room"}
+    experiments.prepared(third, tmp_path, third.run.shape, "cpu", 9.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["phi-2"]  # not half a base either
+
+
+def test_what_others_keep_beside_the_bases_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [tmp_path / name for name in ("thesis/draft", "falcon-7b/model/model.safetensors", "llama-2-7b/notes", "a")]
+    for file in kept:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    monkeypatch.setattr(experiments, "figures_of", lambda *_: {"failed": "no room"})
+    phi = next(task for task in plan("runs", 2) if task.run.name == "phi-2")
+    experiments.prepared(phi, tmp_path, phi.run.shape, "cpu", 9.0)
+    custom = next(task for task in plan("runs", 2) if task.run.name == "llama2-custom")
+    found = experiments.prepared(custom, tmp_path, custom.run.shape, "cpu", 9.0)
+    assert found == {"failed": f"{tmp_path}/llama-2-7b: no base of this script's; name another folder with --models"}
+    assert [file for file in kept if not file.is_file()] == []
 
 
 def watched(steps: int, limit: float) -> Watch:
