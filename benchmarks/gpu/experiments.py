@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments_table import EXPERIMENTS_RESULTS, WAYS, tables
-from run import HERE, Line, figures_of, gpu, versions
+from run import HERE, Line, figures_of, gpu, software
 from table import lines_of
 
 sys.path.append(str(HERE.parents[1] / "scripts"))
@@ -147,7 +147,7 @@ def main() -> None:
         found = measured(task, given, left)
         after = gpu()
         about = {**task.about, "shape": given.shape or task.run.shape, "dtype": DTYPES.get(task.run.name)}
-        line = {**about, **found, "versions": versions(), "gpu before": before, "gpu after": after}
+        line = {**about, **found, **software(), "gpu before": before, "gpu after": after}
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps({**about, **found}), flush=True)
