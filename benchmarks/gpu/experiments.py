@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments_table import EXPERIMENTS_RESULTS, WAYS, tables
-from run import HERE, Line, figures_of, gpu, versions
+from run import HERE, Line, figures_of, gpu, software
 from table import lines_of
 
 sys.path.append(str(HERE.parents[1] / "scripts"))
@@ -29,6 +29,7 @@ from shapes import SHAPES, write_rows
 
 ROWS = 8_000  # as the mixture of open-models has; more would not change a packed step
 DTYPES = {"llama2-custom": "float16"}  # what `auto` is on the T4 that it is meant for
+MADE = "made-by-experiments"  # an empty file in the folder of each base that is made here: no other folder may go
 LEAST = 120.0  # seconds without which nothing is begun
 GRACE = 60.0  # seconds to write what was trained, before a job is cut off
 
@@ -63,11 +64,16 @@ def plan(table: str, steps: int) -> list[Task]:
 def prepared(task: Task, models: Path, shape: str, device: str, seconds: float) -> Line:
     """Make the base and the rows of a job where they are not there; bases of other shapes give up their place."""
     folder = models / shape
-    for other in models.glob("*"):
-        if other != folder:
-            shutil.rmtree(other)
+    for mark in models.glob(f"*/{MADE}"):
+        if mark.parent != folder:
+            shutil.rmtree(mark.parent)
     if not (folder / "model/source.json").is_file():  # what base.py writes last
-        shutil.rmtree(folder, ignore_errors=True)
+        if (folder / MADE).is_file():
+            shutil.rmtree(folder)
+        elif folder.exists():
+            return {"failed": f"{folder}: no base of this script's; name another folder with --models"}
+        folder.mkdir(parents=True)
+        (folder / MADE).touch()
         made = figures_of(
             [sys.executable, str(HERE / "base.py"), shape, str(folder / "model"), "--device", device], seconds
         )
@@ -121,7 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", HERE)) / EXPERIMENTS_RESULTS.name)
     parser.add_argument("--resume", type=Path, help="results to go on from; they are copied to --out first")
     parser.add_argument(
-        "--models", type=Path, default=Path("/dev/shm/qlora-bases"), help="for bases, emptied of others"
+        "--models", type=Path, default=Path("/dev/shm/qlora-bases"), help="for bases, one of those made here at a time"
     )
     parser.add_argument("--jobs", type=Path, default=Path("/dev/shm/qlora-jobs"), help="for what the jobs write")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="of all bases, instead of their own: tiny to try it")
@@ -141,7 +147,7 @@ def main() -> None:
         found = measured(task, given, left)
         after = gpu()
         about = {**task.about, "shape": given.shape or task.run.shape, "dtype": DTYPES.get(task.run.name)}
-        line = {**about, **found, "versions": versions(), "gpu before": before, "gpu after": after}
+        line = {**about, **found, **software(), "gpu before": before, "gpu after": after}
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps({**about, **found}), flush=True)

@@ -20,7 +20,7 @@ HEADS = {
     ),
     "notebook": (
         *("way", "steps", "tokens", "whole job, s", "s a step", "tokens/s", "allocated GiB"),
-        *("its tokens/s over the notebook's", "the notebook's whole job over its own"),
+        *("its tokens/s over the notebook's", "the notebook's whole job over its own", "computed by"),
     ),
 }
 WAYS = {  # in which the job of llama2-sql-mix is run, in this order
@@ -74,11 +74,23 @@ def _figures(line: Line) -> list[str]:
     return [
         f"{line['seconds of the job']:,.0f}",
         f"{line['seconds before the first step']:,.0f}",
-        f"{line['seconds a step']:.2f}",
-        f"{line['tokens per second']:,.0f}",
+        *_speeds(line),
         f"{line['allocated GiB']:.1f}",
         f"{line['reserved GiB']:.1f}",
     ]
+
+
+def _speeds(line: Line) -> list[str]:
+    return [_shown(line["seconds a step"], ".2f"), _shown(line["tokens per second"], ",.0f")]
+
+
+def _shown(value: float | None, form: str) -> str:
+    """A dash for what could not be measured."""
+    return "–" if value is None else f"{value:{form}}"
+
+
+def _over(one: float | None, other: float | None) -> str:
+    return "–" if one is None or other is None else f"{one / other:.1f} ×"
 
 
 def _against_notebook(lines: Sequence[Line]) -> list[list[str]]:
@@ -93,19 +105,21 @@ def _against_notebook(lines: Sequence[Line]) -> list[list[str]]:
             continue
         against = ["", ""]
         if way != "notebook" and theirs and not _missing(theirs):
-            speed = line["tokens per second"] / theirs["tokens per second"]
-            against = [f"{speed:.1f} ×", f"{whole(theirs) / whole(line):.1f} ×"]
+            against = [
+                _over(line["tokens per second"], theirs["tokens per second"]),
+                _over(whole(theirs), whole(line)),
+            ]
         stopped = line["steps"] < line["steps in all"]
         rows.append(
             [
                 words,
                 f"{line['steps']} of {line['steps in all']}" if stopped else str(line["steps"]),
                 f"{line['tokens']:,}",
-                f"{whole(line):,.0f}{' extrapolated' if stopped else ''}",
-                f"{line['seconds a step']:.2f}",
-                f"{line['tokens per second']:,.0f}",
+                _shown(whole(line), ",.0f") + (" extrapolated" if stopped and whole(line) else ""),
+                *_speeds(line),
                 f"{line['allocated GiB']:.1f}",
                 *against,
+                "; ".join(line["computed by"]),
             ]
         )
     return rows
@@ -125,10 +139,12 @@ def _merges(lines: Sequence[Line]) -> list[list[str]]:
     return rows
 
 
-def whole(line: Line) -> float:
-    """Seconds of the whole job; steps that were not made take as long as those after the warm-up."""
+def whole(line: Line) -> float | None:
+    """Seconds of the whole job; steps that were not made take as long as those after the warm-up, None without any."""
     missing = line["steps in all"] - line["steps"]
-    return line["seconds of the job"] + missing * line["seconds a step"]
+    if missing and line["seconds a step"] is None:
+        return None
+    return line["seconds of the job"] + missing * (line["seconds a step"] or 0)
 
 
 def with_tables(page: str, lines: Sequence[Line]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments_table import EXPERIMENTS_RESULTS
-from run import HERE, Line, gpu, versions
+from run import HERE, Line, gpu, software
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 KINDS = {"anonymous GiB": "RssAnon", "resident GiB": "VmRSS"}
@@ -92,7 +92,7 @@ def main() -> None:
         print(json.dumps({kind: found[kind]}), flush=True)
     about = {"table": "merge", "experiment": given.experiment, "run": run, "way": given.device}
     with given.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**about, **found, "versions": versions(), "gpu after": gpu()}) + "\n")
+        file.write(json.dumps({**about, **found, **software(), "gpu after": gpu()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=8, help="steps")
     parser.add_argument("--steps", type=int, default=24, help="in all")
     given = parser.parse_args()
+    if given.way == "ours-loop" and given.checkpointing:
+        parser.error("ours-loop: it does not know --checkpointing; leave that out, or measure ours")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     asked = {name: str(value) for name, value in vars(given).items() if name != "folder"}
     print(json.dumps({**asked, **figures(given)}))

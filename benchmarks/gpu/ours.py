@@ -56,14 +56,16 @@ def ours(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
 
 
 def loop(trainer: Trainer, clock: Clock) -> list[torch.Tensor]:
-    """The same recorded steps and optimiser in a plain loop, which does nothing else; gives each step's tokens."""
+    """The same recorded steps, clipping, optimiser and schedule in a plain loop; gives each step's tokens."""
     trainer.create_optimizer_and_scheduler(clock.steps)
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model.train())  # as the trainer does it
-    counts: list[torch.Tensor] = []
+    weights, counts = trainer.trainable(), []
     for number, batch in enumerate(islice(trainer.get_train_dataloader(), clock.steps), start=1):
         counts.append(batch.pop("tokens"))
         trainer.graph(batch, learned(batch))
+        torch.nn.utils.clip_grad_norm_(weights, trainer.args.max_grad_norm)
         trainer.optimizer.step()
+        trainer.lr_scheduler.step()
         trainer.optimizer.zero_grad()
         clock.at(number)
     return counts

@@ -24,12 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from clock import Clock, callback
-from plan import BF16, PARITY, PARITY_WAYS, Case
+from plan import BF16, BF16_PEFT, PARITY, PARITY_WAYS, Case
 from qlora import training
 from qlora.files import read_json
 from qlora.fused_lora import fuse
 from qlora.training import Job, Trainer, make_trainer
-from run import gpu, versions
+from run import gpu, software
 from table import Line
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -69,7 +69,7 @@ def make_model(shape: Mapping[str, int], like: Path, folder: Path, device: str) 
 
 def trained(job: Job, way: str) -> tuple[Trainer, Line]:
     """A trainer that trained in a way, and what was seen: losses and speed."""
-    training.fuse = fuse if way != "bf16-peft" else lambda *_: "PEFT's own computation, asked for"
+    training.fuse = fuse if way != BF16_PEFT else lambda *_: "PEFT's own computation, asked for"
     settings = {**job.settings, "fp8": way == "fp8"}
     trainer = make_trainer(replace(job, settings=settings, folder=job.folder / way))
     losses: list[torch.Tensor] = []
@@ -136,7 +136,7 @@ def main() -> None:
         job = job_of(PARITY[given.case], given.results, Path(scratch), "cuda")
         for seed in given.seeds:
             for line in compared(replace(job, seed=seed, folder=Path(scratch) / f"run-{seed}"), others):
-                whole = {"model": given.case, "seed": seed, **line, "versions": versions(), "gpu after": gpu()}
+                whole = {"model": given.case, "seed": seed, **line, **software(), "gpu after": gpu()}
                 with given.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(whole) + "\n")
 

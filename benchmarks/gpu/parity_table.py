@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from plan import BF16, PARITY, PARITY_WAYS
+from plan import BF16, BF16_PEFT, PARITY, PARITY_WAYS
 from table import HERE, NOTHING, PAGE, Line, lines_of, machine, with_block
 
 RESULTS = HERE / "parity.jsonl"
@@ -14,16 +14,17 @@ BEGIN, END = (
     "<!-- end of parity -->",
 )
 HEAD = (
-    "model, way, seeds, validation loss, against bf16 (95%), adapter in bf16 against bf16 (95%), "
+    "model, way, seeds, validation loss, against bf16 (95%), against bf16-peft (95%), "
+    "adapter in bf16 against bf16 (95%), "
     "training loss at the end, against bf16 (95%), curves apart"
 )
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 0.975, 1 to 9 degrees
 
 
-def differences(lines: Sequence[Line], way: str, figure: str) -> list[float]:
-    """The figure of a way minus bf16's, for each seed that has both."""
+def differences(lines: Sequence[Line], way: str, figure: str, base: str = BF16) -> list[float]:
+    """The figure of a way minus that of `base`, for each seed that has both."""
     of = {(line["way"], line["seed"]): line[figure] for line in lines}
-    return [of[way, seed] - value for (name, seed), value in of.items() if name == BF16 and (way, seed) in of]
+    return [of[way, seed] - value for (name, seed), value in of.items() if name == base and (way, seed) in of]
 
 
 def interval(values: Sequence[float]) -> str:
@@ -61,10 +62,10 @@ def table(lines: Sequence[Line]) -> str:
 def _cells(lines: Sequence[Line], way: str) -> list[str]:
     mine = [line for line in lines if line["way"] == way]
     if not mine:
-        return ["not run", *[""] * 6]
+        return ["not run", *[""] * 7]
 
-    def against(figure: str) -> str:
-        found = [] if way == BF16 else differences(lines, way, figure)
+    def against(figure: str, base: str = BF16) -> str:
+        found = [] if way in (BF16, base) else differences(lines, way, figure, base)
         return interval(found) if found else ""
 
     distances = curves_apart(lines, way)
@@ -72,6 +73,7 @@ def _cells(lines: Sequence[Line], way: str) -> list[str]:
         str(len(mine)),
         _spread([line["validation loss"] for line in mine]),
         against("validation loss"),
+        against("validation loss", BF16_PEFT),
         against("validation loss in bf16"),
         _spread([line["training loss"] for line in mine]),
         against("training loss"),

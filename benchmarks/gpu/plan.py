@@ -83,5 +83,5 @@ PARITY = {  # what is trained in each of these ways, to see what it costs in los
     "tiny-mistral": Case("mistral", _PACKED),
     "wide": Case("llama", {**_PACKED, "batch_size": 16, "max_steps": 120, "learning_rate": 1e-3}, _WIDE),
 }
-BF16 = "bf16"
-PARITY_WAYS = (BF16, "bf16-peft", "fp8")  # bf16-peft: PEFT's own products, so that rounding alone differs
+BF16, BF16_PEFT = "bf16", "bf16-peft"
+PARITY_WAYS = (BF16, BF16_PEFT, "fp8")  # bf16 rounds W + s B A once, bf16-peft x W and s x A B each: both are bfloat16

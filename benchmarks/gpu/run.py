@@ -99,10 +99,10 @@ def measure_on_gpu(models: Path, group: Group, way: Way, seconds: float) -> Line
     if not (folder / "rows-mixed/card.json").is_file():  # what shapes.py writes last
         made = figures_of([sys.executable, str(HERE / "shapes.py"), group.shape, str(folder)], seconds)
         if "failed" in made:
-            return {**made, "versions": versions(), "gpu before": gpu(), "gpu after": gpu()}
+            return {**made, **software(), "gpu before": gpu(), "gpu after": gpu()}
     before = gpu()
     found = figures_of(command(group, way, folder), min(end - time.monotonic(), LIMIT))
-    return {**found, "versions": versions(), "gpu before": before, "gpu after": gpu()}
+    return {**found, **software(), "gpu before": before, "gpu after": gpu()}
 
 
 def figures_of(arguments: Sequence[str], seconds: float) -> Line:
@@ -143,6 +143,19 @@ def gpu() -> dict[str, str]:
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
     answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     return dict(zip(fields.split(","), answer.strip().split(", "), strict=True))
+
+
+def commit() -> str | None:
+    """This repository's commit; of a copy without its history what COMMIT says, None where that is not set."""
+    if not shutil.which("git"):
+        return os.environ.get("COMMIT")
+    found = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return os.environ.get("COMMIT") if found.returncode else found.stdout.strip()
+
+
+def software() -> Line:
+    """What ran, as each line of results names it."""
+    return {"versions": versions(), "commit": commit()}
 
 
 def versions() -> dict[str, str]:

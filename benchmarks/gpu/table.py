@@ -21,8 +21,8 @@ def lines_of(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def ratios(lines: Sequence[Line], first: str, way: str) -> list[float]:
-    """Tokens/s of `first` over those of `way`, of each stint that measured both, as the median of its rounds' ratios.
+def ratios(lines: Sequence[Line], first: str, way: str) -> list[list[float]]:
+    """Tokens/s of `first` over those of `way`: of each stint that measured both, its rounds' ratios.
 
     `lines` are a group's. A round lies within one stint.
     """
@@ -31,7 +31,15 @@ def ratios(lines: Sequence[Line], first: str, way: str) -> list[float]:
     for (stint, number, name), speed in speeds.items():
         if name == way and (stint, number, first) in speeds:
             stints.setdefault(stint, []).append(speeds[stint, number, first] / speed)
-    return [statistics.median(found) for found in stints.values()]
+    return list(stints.values())
+
+
+def _ratio(stints: Sequence[Sequence[float]]) -> str:
+    """The median of the stints' medians; a ratio of a single round says so."""
+    if not stints:
+        return ""
+    ratio = statistics.median(statistics.median(rounds) for rounds in stints)
+    return f"{ratio:.2f} ×" + (" (1 round)" if sum(map(len, stints)) == 1 else "")
 
 
 def table(plan: Sequence[Group], lines: Sequence[Line]) -> str:
@@ -57,7 +65,7 @@ def _cells(group: Group, way: Way, lines: Sequence[Line]) -> list[str]:
         _spread([line["seconds a step"] for line in found], ".3f"),
         *(f"{max(line[f'{kind} GiB'] for line in found):.1f}" for kind in ("allocated", "reserved")),
         str(len(found)),
-        f"{statistics.median(against):.2f} ×" if against else "",
+        _ratio(against),
     ]
 
 
@@ -76,13 +84,17 @@ def conditions(lines: Sequence[Line]) -> str:
 
 
 def machine(lines: Sequence[Line]) -> str:
-    """What it was measured on and with, and how fast the GPU ran at the end of each measurement."""
+    """What it was measured on and with, and how fast the GPU ran at the end of each measurement.
+
+    The repository's commit is named where lines have it.
+    """
     after = [line["gpu after"] for line in lines if line["gpu after"]]
     gpus = sorted({f"{gpu['name']} (limit {gpu['power.limit']})" for gpu in after})
     packages = sorted({f"{name} {version}" for line in lines for name, version in line["versions"].items()})
     clocks = [float(gpu["clocks.sm"].split()[0]) for gpu in after]
     clock = f"SM clock at the end {_spread(clocks, ',.0f')} MHz" if clocks else "no GPU"
-    return "; ".join([*gpus, clock, ", ".join(packages)]) + "."
+    commits = sorted({f"commit {line['commit'][:10]}" for line in lines if line.get("commit")})
+    return "; ".join([*gpus, clock, ", ".join(packages), *commits]) + "."
 
 
 def with_block(page: str, begin: str, end: str, text: str) -> str:

@@ -42,16 +42,17 @@ class Watch(TrainerCallback):
             torch.cuda.synchronize()
         self.marks.append((step, self.age(), self.tokens()))
 
-    def figures(self) -> dict[str, float]:
-        """What was seen; speeds are over the steps after the warm-up, or over all where it ended before."""
+    def figures(self) -> dict[str, float | None]:
+        """What was seen; speeds are over the steps after the warm-up, None where training ended before."""
         (first, began, before), (last, ended, after) = self.marks[-2:]
+        warm = first == self.warm_up
         return {
             "steps": last,
             "steps in all": self.steps,
             "tokens": after,
             "seconds before the first step": round(self.marks[0][1], 1),
-            "seconds a step": round((ended - began) / (last - first), 4),
-            "tokens per second": round((after - before) / (ended - began), 1),
+            "seconds a step": round((ended - began) / (last - first), 4) if warm else None,
+            "tokens per second": round((after - before) / (ended - began), 1) if warm else None,
             "allocated GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
             "reserved GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         }

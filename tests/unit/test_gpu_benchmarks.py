@@ -1,14 +1,20 @@
 """Ways to train are measured by turns, in stints that end in time and go on; the table says what was measured."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import one
 import run
+from clock import Clock
+from ours import loop
 from plan import PLAN, Group, Way
 from run import Line, measure_all
 from table import PAGE, RESULTS, conditions, lines_of, ratios, table, with_table
@@ -115,9 +121,17 @@ def test_what_failed_is_tried_once_a_stint_and_first_in_the_next() -> None:
 
 def test_ratios_are_of_one_round_and_so_of_one_stint() -> None:
     lines = [line("ours", 1, 0, 100), line("trl", 1, 0, 50), line("ours", 2, 1, 400), line("trl", 3, 2, 10)]
-    assert ratios(lines, "ours", "trl") == [2.0]
+    assert ratios(lines, "ours", "trl") == [[2.0]]
     lines += [line("ours", 3, 2, 40), line("ours", 3, 3, 60), line("trl", 3, 3, 10)]
-    assert ratios(lines, "ours", "trl") == [2.0, 5.0]
+    assert ratios(lines, "ours", "trl") == [[2.0], [4.0, 6.0]]
+
+
+def test_a_ratio_of_a_single_round_says_so() -> None:
+    lines = [line("ours", 1, 0, 100), line("trl", 1, 0, 50), line("ours", 1, 1, 400)]
+    assert table([PAIR], lines).splitlines()[-1].endswith("| 1 | 2.00 × (1 round) |")
+    lines += [line("ours", 2, 2, 30), line("trl", 2, 2, 10)]
+    assert table([PAIR], lines).splitlines()[-1].endswith("| 2 | 2.50 × |")
+    assert table([PAIR], lines[1:3]).splitlines()[-1].endswith("| 1 |  |")  # no round has both
 
 
 def test_the_table_has_medians_ranges_failures_and_gaps() -> None:
@@ -140,10 +154,30 @@ def test_the_page_says_what_was_measured_on() -> None:
         {**line("ours", 1, 0, 9), "gpu after": {**about, "clocks.sm": f"{clock} MHz"}, "versions": {"torch": "2.11.0"}}
         for clock in (1500, 1980, 1700)
     ]
-    assert (
-        conditions(lines)
-        == "1 stint on A card (limit 700 W); SM clock at the end 1,700 (1,500–1,980) MHz; torch 2.11.0."
-    )
+    said = "1 stint on A card (limit 700 W); SM clock at the end 1,700 (1,500–1,980) MHz; torch 2.11.0"
+    assert conditions(lines) == f"{said}."
+    named = [
+        *lines[:1],
+        *({**found, "commit": commit} for found, commit in zip(lines[1:], ("a" * 40, None), strict=True)),
+    ]
+    assert conditions(named) == f"{said}; commit aaaaaaaaaa."
+
+
+def test_the_commit_is_the_repositorys_or_what_a_copy_without_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert run.commit() is None
+    monkeypatch.setenv("COMMIT", "told")
+    assert run.commit() == "told"
+    for arguments in (["init"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+    found = run.commit()
+    assert found
+    assert len(found) == 40
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.commit() == "told"
 
 
 def test_the_page_has_the_table_of_the_committed_results() -> None:
@@ -197,6 +231,7 @@ def test_results_are_written_one_by_one_and_gone_on_from(
     assert len(lines) == 7
     assert lines[1]["gpu after"]["clocks.sm"] == "1980 MHz"
     assert "torch" in lines[1]["versions"]
+    assert lines[1]["commit"] == run.commit()
     assert "| pair | trl, batch 8 | 1,000 (1,000–1,000) |" in capsys.readouterr().out
 
 
@@ -211,6 +246,38 @@ def test_a_way_is_called_with_all_that_it_is(tmp_path: Path) -> None:
     called = " ".join(run.command(group, group.ways[0], tmp_path)[2:])
     assert called.startswith(f"{tmp_path} ours --rows mixed --batch 8 --batching grouped --steps 24")
     assert called.endswith("--targets query_key_value,dense,dense_h_to_4h,dense_4h_to_h")
+
+
+def test_the_plain_loop_clips_and_schedules_as_the_trainer_does() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    steps = [{"tokens": torch.tensor(5), "labels": torch.tensor([[7, 7]])} for _ in range(3)]
+
+    def graph(batch: Any, items: Any) -> None:
+        weight.grad = torch.tensor([30.0, 40.0])
+
+    trainer: Any = SimpleNamespace(
+        create_optimizer_and_scheduler=lambda _: None,
+        accelerator=SimpleNamespace(prepare_model=lambda model: model),
+        model=torch.nn.Identity(),
+        trainable=lambda: [weight],
+        get_train_dataloader=lambda: steps,
+        graph=graph,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        args=SimpleNamespace(max_grad_norm=0.5),
+    )
+    assert [int(count) for count in loop(trainer, Clock(1, 2))] == [5, 5]
+    assert weight.tolist() == pytest.approx([-0.45, -0.6])  # norm 0.5 at a rate of 1, then of 0.5
+
+
+def test_the_plain_loop_refuses_checkpointing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["one.py", "folder", "ours-loop", "--checkpointing"])
+    with pytest.raises(SystemExit, match="2"):
+        one.main()
+    assert "ours-loop: it does not know --checkpointing" in capsys.readouterr().err
 
 
 def test_a_machine_without_a_gpu_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

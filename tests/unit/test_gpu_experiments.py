@@ -123,8 +123,18 @@ def test_a_notebook_that_was_stopped_is_extrapolated_and_ours_is_compared_with_i
         line("notebook", "llama2-sql-mix", "ours-rows", **{"seconds of the job": 60.0, "tokens per second": 8000.0}),
     ]
     assert cells("notebook", lines, "a notebook's way")[1:4] == ["50 of 200", "9,000", "420 extrapolated"]
-    assert cells("notebook", lines, "ours, the same rows once")[-2:] == ["8.0 ×", "7.0 ×"]
-    assert cells("notebook", lines[1:], "ours, the same rows once")[-2:] == ["", ""]
+    computed = "attention: sdpa; batches packed"
+    assert cells("notebook", lines, "ours, the same rows once")[-3:] == ["8.0 ×", "7.0 ×", computed]
+    assert cells("notebook", lines[1:], "ours, the same rows once")[-3:] == ["", "", computed]
+
+
+def test_a_job_that_ended_in_its_warm_up_has_no_speed_and_no_ratio() -> None:
+    ended = {"steps": 2, "seconds a step": None, "tokens per second": None}
+    assert cells("runs", [line("runs", "phi-2", "ours", **ended)], "open-models | phi-2")[4:6] == ["–", "–"]
+    theirs, ours = (line("notebook", "llama2-sql-mix", way) for way in ("notebook", "ours"))
+    for lines in ([theirs | ended, ours], [theirs, ours | ended]):
+        assert cells("notebook", lines, "ours, as many")[-3:-1] == ["–", "–"]
+    assert cells("notebook", [theirs | ended], "a notebook's way")[3:6] == ["–", "–", "–"]
 
 
 def test_a_merge_whose_chat_failed_still_has_its_figures() -> None:
@@ -187,6 +197,22 @@ def test_a_base_gives_up_its_place_to_one_of_another_shape(tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["phi-2"]
     monkeypatch.setattr(experiments, "figures_of", lambda *_: {"failed": "no room"})
     assert experiments.prepared(first, tmp_path, first.run.shape, "cpu", 9.0) == {"failed": "no room"}
+    experiments.prepared(third, tmp_path, third.run.shape, "cpu", 9.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["phi-2"]  # not half a base either
+
+
+def test_what_others_keep_beside_the_bases_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [tmp_path / name for name in ("thesis/draft", "falcon-7b/model/model.safetensors", "llama-2-7b/notes", "a")]
+    for file in kept:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    monkeypatch.setattr(experiments, "figures_of", lambda *_: {"failed": "no room"})
+    phi = next(task for task in plan("runs", 2) if task.run.name == "phi-2")
+    experiments.prepared(phi, tmp_path, phi.run.shape, "cpu", 9.0)
+    custom = next(task for task in plan("runs", 2) if task.run.name == "llama2-custom")
+    found = experiments.prepared(custom, tmp_path, custom.run.shape, "cpu", 9.0)
+    assert found == {"failed": f"{tmp_path}/llama-2-7b: no base of this script's; name another folder with --models"}
+    assert [file for file in kept if not file.is_file()] == []
 
 
 def watched(steps: int, limit: float) -> Watch:
@@ -205,18 +231,21 @@ def watched(steps: int, limit: float) -> Watch:
 
 
 @pytest.mark.parametrize(
-    ("steps", "limit", "made", "began"),
-    [(20, 99.0, 20, 4), (4, 99.0, 4, 2), (1, 99.0, 1, 0), (20, 23.0, 7, 4), (20, 13.0, 2, 0)],
+    ("steps", "limit", "made", "began", "speeds"),
+    [
+        *((20, 99.0, 20, 4, (2.0, 100.0)), (4, 99.0, 4, 2, (2.0, 100.0)), (1, 99.0, 1, 0, (2.0, 100.0))),
+        *((20, 23.0, 7, 4, (2.0, 100.0)), (20, 17.0, 4, 0, (None, None)), (20, 13.0, 2, 0, (None, None))),
+    ],
 )
 def test_speed_is_taken_after_the_warm_up_and_training_ends_in_time(
-    steps: int, limit: float, made: int, began: int
+    steps: int, limit: float, made: int, began: int, speeds: tuple[float | None, float | None]
 ) -> None:
     seen = watched(steps, limit)
     found = seen.figures()
     assert (found["steps"], found["steps in all"]) == (made, steps)
     assert seen.marks[-2][0] == began
     assert found["seconds before the first step"] == 10.0
-    assert (found["seconds a step"], found["tokens per second"]) == (2.0, 100.0)
+    assert (found["seconds a step"], found["tokens per second"]) == speeds
 
 
 def test_the_memory_of_a_process_is_its_own_and_its_files(tmp_path: Path) -> None:
