@@ -148,15 +148,20 @@ def changed_since(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
 
 @contextmanager
 def anew(path: Path) -> Iterator[None]:
-    """Have a file written without a look at what it was, which a kill may have cut off; it comes back at a failure."""
-    before = path.read_bytes() if path.exists() else None
-    path.unlink(missing_ok=True)
+    """Have a file written without a look at what it was, which a kill may have cut off.
+
+    It is beside, as .NAME.before, until the new one is whole; it comes back at a failure, after a kill at the next one.
+    """
+    aside = path.with_name(f".{path.name}.before")
     try:
+        if path.exists() and not aside.exists():  # where a kill left one, that is the last whole file
+            path.rename(aside)
+        path.unlink(missing_ok=True)
         yield
-    except UserError:
-        if before is not None:
-            path.write_bytes(before)
-        raise
+        aside.unlink(missing_ok=True)
+    finally:
+        if aside.exists():
+            aside.replace(path)
 
 
 def main() -> int:

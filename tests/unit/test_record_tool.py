@@ -1,6 +1,10 @@
 """What `make record` and `make restore` refuse, and what they read out of DVC's and Snakemake's words."""
 
 import json
+import os
+import resource
+import subprocess
+import sys
 from base64 import urlsafe_b64encode
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +14,7 @@ import pytest
 
 from qlora.errors import UserError
 from qlora.files import sha256_of_file
-from record import anew, changed_files, changed_since, record
+from record import ROOT, anew, changed_files, changed_since, record
 from recorded import (
     NO_SPACE,
     Out,
@@ -144,19 +148,66 @@ def test_what_differs_from_an_equal_record_is_named_and_another_machine_is_none(
     assert changed_since(before, {**now, "decided by": "2"}) is None
 
 
+@pytest.mark.parametrize("failure", [UserError("a full disk"), KeyboardInterrupt()])
 @pytest.mark.parametrize("before", [None, b"stages: {a"])
-def test_dvc_lock_is_written_anew_and_stays_where_that_fails(tmp_path, before):
+def test_dvc_lock_is_written_anew_and_stays_where_that_fails(tmp_path, before, failure):
     path = tmp_path / "dvc.lock"
     if before is not None:
         path.write_bytes(before)
-    with suppress(UserError), anew(path):
+    with suppress(UserError, KeyboardInterrupt), anew(path):
         assert not path.exists()
         path.write_text("half")
-        raise UserError("a full disk")
+        raise failure
     assert path.read_bytes() == (before or b"half")
     with anew(path):
         path.write_text("new")
     assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def full_disk():
+    """A function after which no byte can be written, until the test ends."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_dvc_lock_comes_back_where_nothing_can_be_written(tmp_path, full_disk):
+    path = tmp_path / "dvc.lock"
+    path.write_text("old")
+    with suppress(UserError), anew(path):
+        full_disk()
+        raise UserError(NO_SPACE)
+    assert path.read_text() == "old"
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from record import anew
+path = Path(sys.argv[1])
+with anew(path):
+    if len(sys.argv) > 2:
+        path.write_text(sys.argv[2])
+    os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("written", [[], ["half"]])
+def test_dvc_lock_comes_back_after_a_kill(tmp_path, written):
+    path = tmp_path / "dvc.lock"
+    path.write_text("old")
+    command = [sys.executable, "-c", KILLED, str(path), *written]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+    for _ in range(2):  # killed twice, and nothing is lost
+        assert subprocess.run(command, env=environment, check=False).returncode == 9
+        (aside,) = set(tmp_path.iterdir()) - {path}
+    with suppress(UserError), anew(path):
+        raise UserError("it failed, too")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert subprocess.run(["git", "check-ignore", "-q", aside.name], cwd=ROOT, check=False).returncode == 0
 
 
 DVC_LOCK = """schema: '2.0'
