@@ -11,6 +11,7 @@ import psutil
 from qlora.errors import UserError
 
 RESULTS_LOCK = Path(".snakemake/results.lock")
+ATTEMPTS = 5  # to take a lock whose holder ends while it is looked for
 HELD = "RESULTS_ARE_HELD"  # in the environment of what a tool starts while it holds the lock
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what the file systems of some clusters answer
 
@@ -23,25 +24,37 @@ def locked(path: Path, shared: bool = False) -> TextIO:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     how = os.O_RDONLY if shared else os.O_RDWR  # who may only read a folder may still ask what there is to do
-    file = os.fdopen(os.open(path, os.O_CREAT | how, 0o666), encoding="utf-8")
+    for _ in range(ATTEMPTS):
+        file = os.fdopen(os.open(path, os.O_CREAT | how, 0o666), encoding="utf-8")
+        if _taken(file, shared):
+            os.set_inheritable(file.fileno(), True)
+            return file
+        file.close()
+        holder = _holder(path)
+        if holder:  # else it has ended since, or cannot be seen
+            break
+    holder = holder or "a process of another user or machine"
+    raise UserError(f"{holder} is at work here and holds {path}: wait for its end")
+
+
+def _taken(file: TextIO, shared: bool) -> bool:
+    """Whether this process has the lock now, or there is none to have."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
-        raise UserError(f"{_holder(path)} is at work here and holds {path}: wait for its end") from None
+        return False
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
-    os.set_inheritable(file.fileno(), True)
-    return file
+    return True
 
 
-def _holder(path: Path) -> str:
-    """The first process that has a file open, in words."""
+def _holder(path: Path) -> str | None:
+    """The first process that has a file open, in words; None where none is seen."""
     for process in psutil.process_iter():
         try:
             if any(Path(file.path) == path.resolve() for file in process.open_files()):
                 return f"process {process.pid} ({' '.join(process.cmdline()[1:])})"
         except psutil.Error:  # it ended just now, or is another user's
             continue
-    return "a process of another user or machine"
+    return None

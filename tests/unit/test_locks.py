@@ -37,6 +37,25 @@ def test_one_alone_or_several_together(tmp_path: Path) -> None:
     locked(path).close()
 
 
+def test_a_holder_that_ends_while_it_is_looked_for_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+    holder = locked(path)
+    looked: list[Path] = []
+
+    def ended(path: Path) -> None:
+        looked.append(path)
+        if len(looked) == 2:
+            holder.close()
+
+    monkeypatch.setattr("qlora.locks._holder", ended)
+    locked(path).close()
+    assert len(looked) == 2
+    with locked(path), pytest.raises(UserError, match="another user or machine is at work here"):
+        locked(path)
+
+
 def test_a_killed_holder_lets_go_and_its_living_child_does_not(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     command = [sys.executable, "-c", HOLDER, str(SCRIPTS), str(path)]
