@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from qlora.files import read_json, replacing, sha256_of, write_json
-from qlora.models import load_quantized
 from qlora.render import load_tokenizer
-from qlora.streamed import Weights, empty_network, merged_weights, stored_weights
+from qlora.streamed import Weights, empty_network, mapped_network, merged_weights, tuned_network
 
 SHARD = 2 * 10**9  # bytes of a file of the merged model
 M_MMAP_THRESHOLD, ONE_MIB = -3, 2**20  # of glibc's mallopt
@@ -115,8 +112,8 @@ def drift(
     `same next token`: share of positions where both find the same token most likely; `tokens`: how many positions.
     """
     ids = torch.tensor([tokenizer(PROBE)["input_ids"]])
-    wanted = logits(PeftModel.from_pretrained(load_quantized(model, quantization, device, attention), adapter), ids)
-    gc.collect()  # the 4-bit network, whose modules refer to each other
+    wanted = logits(tuned_network(model, adapter, quantization, device, attention), ids)
+    gc.collect()  # that network, whose modules refer to each other
     whole: Any = mapped_network(merged, attention)
     found = logits(whole.to(device), ids)
     scale = wanted.square().mean().sqrt()
@@ -126,16 +123,6 @@ def drift(
         "same next token": round(float((found.argmax(-1) == wanted.argmax(-1)).float().mean()), 4),
         "tokens": ids.shape[1],
     }
-
-
-def mapped_network(folder: Path, attention: str) -> PreTrainedModel:
-    """The network of a folder, whose weights are its files' own pages: memory that can be given up at any time."""
-    config = AutoConfig.from_pretrained(folder)
-    with init_empty_weights(include_buffers=False):
-        network = AutoModelForCausalLM.from_config(config, dtype=config.dtype, attn_implementation=attention)
-    network.load_state_dict(dict(stored_weights(folder)), strict=False, assign=True)
-    network.tie_weights()
-    return network
 
 
 @torch.inference_mode()

@@ -15,8 +15,8 @@ HEADS = {
         *("allocated GiB", "reserved GiB", "computed by"),
     ),
     "merge": (
-        *("device", "merged model, GiB", "s", "anonymous GiB at most", "resident GiB at most", "drift, rms"),
-        *("same next token", "chat in 4 bits, s", "chat with the merged model, s"),
+        *("device", "adapter", "merged model, GiB", "s", "anonymous GiB at most", "resident GiB at most"),
+        *("drift, rms", "same next token", "chat in 4 bits, s", "chat with the merged model, s"),
     ),
     "notebook": (
         *("way", "steps", "tokens", "whole job, s", "s a step", "tokens/s", "allocated GiB"),
@@ -133,9 +133,12 @@ def _merges(lines: Sequence[Line]) -> list[list[str]]:
         if line is None or missing:
             rows.append([device, str(missing)])
             continue
-        chats = [_missing(line[kind]) or f"{line[kind]['seconds']:,.0f}" for kind in ("chat in 4 bits", "chat merged")]
+        chats = [line.get(kind) for kind in ("chat in 4 bits", "chat merged")]
+        asked = [f"{chat['seconds']:,.0f}" if chat and "failed" not in chat else str(_missing(chat)) for chat in chats]
         figures = [f"{line[kind]:,.1f}" for kind in ("merged GiB", "seconds", "anonymous GiB", "resident GiB")]
-        rows.append([device, *figures, f"{line['drift']['rms']}", f"{line['drift']['same next token']}", *chats])
+        adapter = f"of {line['steps']} steps" if line["steps"] else "drawn at random"
+        drift = [str(line["drift"][kind]) for kind in ("rms", "same next token")]
+        rows.append([device, adapter, *figures, *drift, *asked])
     return rows
 
 

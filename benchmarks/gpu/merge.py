@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/merge.py /dev/shm/qlora-jobs/llama2-sql-mix-ours --base /dev/shm/qlora-bases/llama-2-7b/model
 
-The job is one of experiments.py. Merging and chat are the workflow's own scripts, each in a process of its own; memory
-is looked at 100 times a second. `anonymous`: what the process itself holds; the rest of `resident` are pages of files,
-which can be given up at any time, and with a CUDA device those of its libraries.
+The job is one of experiments.py, or what drawn.py makes. Merging and chat are the workflow's own scripts, each in a
+process of its own; memory is looked at 100 times a second. `anonymous`: what the process itself holds; the rest of
+`resident` are pages of files, which can be given up at any time, and with a CUDA device those of its libraries.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from run import HERE, Line, gpu, software
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 KINDS = {"anonymous GiB": "RssAnon", "resident GiB": "VmRSS"}
+CHATS = ("chat in 4 bits", "chat merged")
 PROMPT = "How many customers are there in each city?"
 
 
@@ -81,16 +82,18 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--experiment", default="llama2-sql-mix", help="whose overlay names the model")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--chats", nargs="*", choices=CHATS, default=CHATS, help="that are asked, both where not given")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", HERE)) / EXPERIMENTS_RESULTS.name)
     given = parser.parse_args()
     job, base = given.job.resolve(), given.base.resolve()
-    run = json.loads((job / "run.json").read_text(encoding="utf-8"))["name"]
+    record = json.loads((job / "run.json").read_text(encoding="utf-8"))
     found = merge(job, base, given.device)
     print(json.dumps(found), flush=True)
-    for kind in () if "failed" in found else ("chat in 4 bits", "chat merged"):
+    for kind in () if "failed" in found else given.chats:
         found[kind] = chat(job, base, given.experiment, given.device, kind == "chat merged")
         print(json.dumps({kind: found[kind]}), flush=True)
-    about = {"table": "merge", "experiment": given.experiment, "run": run, "way": given.device}
+    run = {"run": record["name"], "steps": record["steps"]}
+    about = {"table": "merge", "experiment": given.experiment, **run, "way": given.device}
     with given.out.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**about, **found, **software(), "gpu after": gpu()}) + "\n")
 

@@ -10,11 +10,15 @@ from pathlib import Path
 import pyarrow
 import torch
 import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.falcon import modeling_falcon
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 ROOM = 2048  # tokens of a packed row
+SHARD = 2 * 10**9  # bytes of a file of weights
 SHAPES = {
     "llama-2-7b": transformers.LlamaConfig(max_position_embeddings=4096),
     "mistral-7b": transformers.MistralConfig(sliding_window=None, max_position_embeddings=32768),
@@ -43,11 +47,32 @@ def let_falcon_be_quantised() -> None:
 
 
 def save_random(shape: str, folder: Path, device: str) -> None:
-    """Write random weights of `shape` in bfloat16."""
+    """Write random weights of `shape` in bfloat16, as its family begins, in files of SHARD, one of which is held."""
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
+    tied = network.all_tied_weights_keys
+    weights = {name: weight for name, weight in network.state_dict().items() if name not in tied}
+    files = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, names in files.filename_to_tensors.items():
+        save_file({name: drawn(network, name, device) for name in names}, folder / file, metadata={"format": "pt"})
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
+    network.config.architectures = [type(network).__name__]
+    network.config.save_pretrained(folder)
+    network.generation_config.save_pretrained(folder)
+
+
+def drawn(network: PreTrainedModel, name: str, device: str) -> torch.Tensor:
+    """A weight of a network without any, drawn on `device` as its family draws it."""
+    path, _, leaf = name.rpartition(".")
+    layer = network.get_submodule(path).to_empty(device=device, recurse=False)
+    network._init_weights(layer)
+    weight = layer.get_parameter(leaf).data.cpu()
+    layer.to_empty(device="meta", recurse=False)
+    return weight
 
 
 def make_model(shape: str, folder: Path, device: str) -> None:

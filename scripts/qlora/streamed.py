@@ -1,13 +1,16 @@
 """A base model's weights, one at a time, as training had them: those that were in 4 bits come out dequantised."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from bitsandbytes.functional import dequantize_4bit
-from peft import PeftConfig, get_peft_model
+from bitsandbytes.nn import Linear4bit
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from safetensors import safe_open
@@ -74,11 +77,22 @@ def merged_layer(layer: Any, weight: torch.Tensor, matrices: Mapping[str, torch.
 def dequantized_weights(model: Path, quantization: Mapping[str, Any], device: str) -> Weights:
     """The weights of `load_quantized(model, …).dequantize()`, byte for byte, without ever holding two of them.
 
-    transformers and bitsandbytes decide which are quantised, and how. Raises UserError where a family's weights are put
-    together while they are loaded, or where one is missing.
+    Raises UserError as `named_weights` does.
+    """
+    network = empty_network(model, compute_dtype(quantization["compute_dtype"], device))
+    dequantized = rounding(network, quantization, device)
+    for name, weight in named_weights(model, network):
+        yield name, dequantized(name, weight)
+
+
+def rounding(
+    network: PreTrainedModel, quantization: Mapping[str, Any], device: str
+) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Make layers of an empty network such of 4 bits; returns what makes a weight, by its name, what they compute with.
+
+    transformers and bitsandbytes decide which are quantised, and how.
     """
     dtype = compute_dtype(quantization["compute_dtype"], device)
-    network = empty_network(model, dtype)
     quantizer = AutoHfQuantizer.from_config(
         BitsAndBytesConfig(
             load_in_4bit=True,
@@ -90,6 +104,82 @@ def dequantized_weights(model: Path, quantization: Mapping[str, Any], device: st
     )
     quantizer.preprocess_model(network, device_map={"": device})
     to_4_bits = Bnb4bitQuantize(quantizer)
+
+    def dequantized(name: str, weight: torch.Tensor) -> torch.Tensor:
+        held = weight.to(device, dtype)
+        if not quantizer.param_needs_quantization(network, name):
+            return held
+        packed: Any = to_4_bits.convert({name: [held]}, model=network)[name]
+        return dequantize_4bit(packed.data, packed.quant_state)
+
+    return dequantized
+
+
+def tuned_network(
+    model: Path, adapter: Path, quantization: Mapping[str, Any], device: str, attention: str
+) -> PeftModel:
+    """The network of `load_quantized` with its adapter, whose layers are rounded to 4 bits while they compute.
+
+    In between, their weights are the files' own pages: memory that can be given up at any time. Logits are the same in
+    32 bits; in 16, PEFT rounds a layer's sum once here, and twice where the layer stays in 4 bits.
+    """
+    shapes = empty_network(model, compute_dtype(quantization["compute_dtype"], device))
+    dequantized = rounding(shapes, quantization, device)
+    rounded = {f"{path}.weight" for path, layer in shapes.named_modules() if isinstance(layer, Linear4bit)}
+    network = filled_network(
+        model, device, attention, lambda name, weight: weight if name in rounded else dequantized(name, weight)
+    )
+    tuned: PeftModel = PeftModel.from_pretrained(network, adapter)
+    for name, learned in tuned.named_parameters():
+        if "lora_" in name:  # PEFT puts it where its layer's weight is
+            learned.data = learned.data.to(device)
+    adapted = {layer.get_base_layer(): layer for layer in network.modules() if isinstance(layer, LoraLayer)}
+    for path, layer in network.named_modules():
+        name = f"{path.removesuffix('.base_layer')}.weight"
+        if name in rounded and not isinstance(layer, LoraLayer):
+            # DoRA reads the weight outside of the layer that has it.
+            change_while_computing(adapted.get(layer, layer), layer, partial(dequantized, name))
+    return tuned
+
+
+def change_while_computing(whole: torch.nn.Module, layer: Any, changed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let a layer have a changed weight while `whole`, the layer itself or what it is a part of, computes."""
+    stored = layer.weight
+
+    def take(*_: Any) -> None:
+        layer.weight = torch.nn.Parameter(changed(stored.data), requires_grad=False)
+
+    def leave(*_: Any) -> None:
+        layer.weight = stored
+
+    whole.register_forward_pre_hook(take)
+    whole.register_forward_hook(leave)
+
+
+def mapped_network(model: Path, attention: str) -> PreTrainedModel:
+    """The network of a folder, whose weights are its files' own pages: memory that can be given up at any time."""
+    return filled_network(model, "cpu", attention, lambda _, weight: weight)
+
+
+def filled_network(
+    model: Path, device: str, attention: str, changed: Callable[[str, torch.Tensor], torch.Tensor]
+) -> PreTrainedModel:
+    """The network of a folder, with its buffers on the device, and its weights as `changed` gives them."""
+    _use_plain_linear_in_falcon()
+    config = AutoConfig.from_pretrained(model)
+    with torch.device(device), init_empty_weights(include_buffers=False):
+        network = AutoModelForCausalLM.from_config(config, dtype=config.dtype, attn_implementation=attention)
+    weights = {name: changed(name, weight) for name, weight in named_weights(model, network)}
+    network.load_state_dict(weights, strict=False, assign=True)
+    network.tie_weights()
+    return network
+
+
+def named_weights(model: Path, network: PreTrainedModel) -> Weights:
+    """The weights in a model's files, by the names that they have in its network.
+
+    Raises UserError where a family's weights are put together while they are loaded, or where one is missing.
+    """
     changes = get_model_conversion_mapping(network)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     if network._keep_in_fp32_modules or len(renamings) < len(changes):
@@ -105,11 +195,7 @@ def dequantized_weights(model: Path, quantization: Mapping[str, Any], device: st
             log.info("%s: %s is no weight of the model, and left out", model, stored)
             continue
         missing.discard(name)
-        held = weight.to(device, dtype)
-        if quantizer.param_needs_quantization(network, name):
-            packed: Any = to_4_bits.convert({name: [held]}, model=network)[name]
-            held = dequantize_4bit(packed.data, packed.quant_state)
-        yield name, held
+        yield name, weight
     if missing:
         raise UserError(f"{model}: the weight {min(missing)} is in none of its files; download the model anew")
 

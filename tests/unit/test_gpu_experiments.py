@@ -8,15 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, FalconConfig, GemmaConfig, LlamaConfig, PhiConfig, PretrainedConfig
 
+import drawn
 import experiments
 import merge
+import shapes
+from base import make_base
 from experiments import Task, plan, wanted
 from experiments_table import EXPERIMENTS_RESULTS, WAYS, tables, with_tables
 from lengths import LENGTHS, drawn_rows, measured
 from overlays import EXPERIMENTS, ROOT, configured, runs_of
 from qlora.render import IGNORED
-from shapes import SHAPES
+from shapes import SHAPES, save_random
 from table import PAGE, Line, lines_of
 from watch import Watch
 
@@ -140,10 +145,12 @@ def test_a_job_that_ended_in_its_warm_up_has_no_speed_and_no_ratio() -> None:
 def test_a_merge_whose_chat_failed_still_has_its_figures() -> None:
     chats = {"chat in 4 bits": {"failed": "no room", "seconds": 3.0}, "chat merged": {"answer": "a", "seconds": 21.0}}
     memory = {"merged GiB": 12.55, "seconds": 80.4, "anonymous GiB": 4.3, "resident GiB": 14.0}
-    found = {**memory, "drift": {"rms": 0.02, "same next token": 0.93}, **chats}
-    assert cells("merge", [{"table": "merge", "run": "llama2-sql-mix", "way": "cuda", **found}], "cuda") == [
-        *("cuda", "12.6", "80.4", "4.3", "14.0", "0.02", "0.93", "failed: no room", "21"),
-    ]
+    found = {**memory, "drift": {"rms": 0.02, "same next token": 0.93}}
+    merged = line("merge", "llama2-sql-mix", "cuda", **found, **chats)
+    beginning = ["12.6", "80.4", "4.3", "14.0", "0.02", "0.93"]
+    assert cells("merge", [merged], "cuda") == ["cuda", "of 20 steps", *beginning, "failed: no room", "21"]
+    drawn = line("merge", "llama2-sql-mix", "cpu", **found, steps=0)
+    assert cells("merge", [drawn], "cpu") == ["cpu", "drawn at random", *beginning, "not run", "not run"]
 
 
 def test_the_page_has_the_tables_of_the_committed_results() -> None:
@@ -215,6 +222,39 @@ def test_what_others_keep_beside_the_bases_stays(tmp_path: Path, monkeypatch: py
     assert [file for file in kept if not file.is_file()] == []
 
 
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+FAMILIES = [
+    LlamaConfig(**SMALL, intermediate_size=128),
+    GemmaConfig(**SMALL, intermediate_size=128, num_key_value_heads=1, head_dim=16),  # its head is its embeddings
+    FalconConfig(**SMALL),
+    PhiConfig(**SMALL, intermediate_size=128),  # has biases
+]
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
+def test_a_base_of_random_weights_is_drawn_a_file_at_a_time_as_its_family_begins(
+    config: PretrainedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, "small", config)
+    monkeypatch.setattr(shapes, "SHARD", 30_000)
+    for folder in ("one", "two"):
+        save_random("small", tmp_path / folder, "cpu")
+    files = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
+    assert len(files) > 2
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+    found, told = AutoModelForCausalLM.from_pretrained(tmp_path / "one", output_loading_info=True)
+    assert not any(told.values()), told
+    assert found.dtype == torch.bfloat16
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    index = json.loads((tmp_path / "one/model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert set(index["weight_map"]) == {name for name, _ in network.named_parameters()}  # what is tied is named once
+    whole = network.state_dict()
+    for name, weight in found.state_dict().items():
+        assert weight.shape == whole[name].shape
+        assert float(weight.float().std()) == pytest.approx(float(whole[name].float().std()), rel=0.1), name
+        assert float(weight.float().mean()) == pytest.approx(float(whole[name].float().mean()), abs=0.003), name
+
+
 def watched(steps: int, limit: float) -> Watch:
     """What saw a trainer of that many steps, which began at second 10, took 2 s a step, and stopped where it had to."""
     now = [10.0]
@@ -257,6 +297,24 @@ def test_the_memory_of_a_process_is_its_own_and_its_files(tmp_path: Path) -> Non
     assert found["anonymous GiB"] + 0.1 < found["resident GiB"] < 0.7
     failed = merge.watched([sys.executable, "-c", "import sys; sys.exit('no room')"], tmp_path / "log")
     assert failed["failed"] == "status 1: no room"
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_drawn_merges_as_a_trained_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, job, out = tmp_path / "base", tmp_path / "job", tmp_path / "out.jsonl"
+    make_base("tiny", base, "cpu")
+    drawn.make_job("llama2-sql-mix", base, job)
+    asked = ["merge.py", str(job), "--base", str(base), "--device", "cpu", "--out", str(out), "--chats", "chat merged"]
+    monkeypatch.setattr(sys, "argv", asked)
+    merge.main()
+    [merged] = lines_of(out)
+    assert (merged["run"], merged["steps"]) == ("llama2-sql-mix", 0)
+    assert 0 < merged["drift"]["rms"] < 0.1
+    assert "answer" in merged["chat merged"]
+    assert "chat in 4 bits" not in merged
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (base, job / "merged"))
+    changed = {name.split(".")[-2] for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert changed == set(configured("llama2-sql-mix")["runs"][0]["settings"]["lora"]["target_modules"])
 
 
 @pytest.mark.slow
