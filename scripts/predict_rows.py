@@ -7,6 +7,7 @@ import heapq
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from peft import PeftModel
 from qlora.conversations import Message, placed_system
 from qlora.encoding import encode
 from qlora.errors import UserError
-from qlora.files import check_files, check_source, read_json, read_jsonl, write_jsonl
+from qlora.files import check_files, check_source, meanwhile, read_json, read_jsonl, write_jsonl
 from qlora.generation import SLACK, greedy
 from qlora.loss import softcap_of, token_nll
 from qlora.models import load_quantized, set_threads
@@ -78,12 +79,12 @@ def predict_rows(
     `overlong` says. An adapter comes with its run's `record`; a file of it or of the base that is not the recorded one
     is an error.
     """
-    check_source(model)
     if adapter is not None and record is not None:
         check_files(adapter, read_json(record)["adapter"], "run.json")
     set_threads(threads, device)
-    tokenizer = load_tokenizer(model)
-    network: Any = load_quantized(model, quantization, device, attention)
+    with meanwhile(partial(check_source, model)):
+        tokenizer = load_tokenizer(model)
+        network: Any = load_quantized(model, quantization, device, attention)
     if adapter is not None:
         network = PeftModel.from_pretrained(network, adapter)
     network.eval()

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from qlora.errors import UserError
-from qlora.files import check_files, check_source, files_below, read_json, replacing, sha256_of_file, write_json
+from qlora.files import (
+    check_files,
+    check_source,
+    files_below,
+    read_json,
+    replacing,
+    sha256_of_file,
+    write_json,
+)
 from qlora.finished import keep, take
 from qlora.models import set_threads
 from qlora.record import commit, digest, hardware, peak_memory, versions
@@ -61,12 +70,15 @@ def train_run(
     key = digest(settings, run["seed"], pins, versions(), device, threads, attention, batching, room, code)
     names = {name: run[name] for name in ("name", "model", "mixture", "recipe")}
     outputs = {"adapter": adapter, "record": record, "training_log": training_log, "samples": samples}
-    if take(Path(finished) / key, outputs):
-        log.info("finished before: taken from %s, no step is needed", Path(finished) / key)
-        write_json(record, {**read_json(record), **names})
-        return
-    folder = Path(checkpoints) / f"{run['name']}-{key}"
-    trainer = make_trainer(Job(model, tokens, settings, run["seed"], attention, device, batching, folder, tensorboard))
+    folder, kept = Path(checkpoints) / f"{run['name']}-{key}", Path(finished) / key
+    if kept.is_dir():
+        check(model, tokens)
+        if take(kept, outputs):
+            log.info("finished before: taken from %s, no step is needed", kept)
+            write_json(record, {**read_json(record), **names})
+            return
+    job = Job(model, tokens, settings, run["seed"], attention, device, batching, folder, tensorboard)
+    trainer = make_trainer(job, partial(check, model, tokens))
     trainer.add_callback(ShowProgress(f"train {run['name']}"))
     last = last_whole_checkpoint(folder)
     log.info("checkpoints in %s; %s", folder, f"going on from {last}" if last else "starting at step 0")
@@ -120,7 +132,7 @@ def train_run(
             "peak memory in bytes": peak_memory(device),
         },
     )
-    keep(Path(finished) / key, outputs)
+    keep(kept, outputs)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -145,14 +157,15 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _pins(model: Path, tokens: Path) -> dict[str, Any]:
-    """What is trained on: the base's files by SHA-256, and the tokenised rows.
-
-    Raises UserError that names a file which is another now than when it was made.
-    """
-    source, rows = read_json(model / "source.json"), read_json(tokens / "card.json")["sha256"]
+def check(model: Path, tokens: Path) -> None:
+    """Raise UserError that names a file of the base or the rows which is another now than when it was made."""
     check_source(model)
-    check_files(tokens, rows, "card.json")
+    check_files(tokens, read_json(tokens / "card.json")["sha256"], "card.json")
+
+
+def _pins(model: Path, tokens: Path) -> dict[str, Any]:
+    """What is trained on: the base's files by SHA-256, and the tokenised rows, as they are recorded."""
+    source, rows = read_json(model / "source.json"), read_json(tokens / "card.json")["sha256"]
     return {
         "model": {
             "source": source["source"],

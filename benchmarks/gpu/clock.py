@@ -1,5 +1,6 @@
 """Tokens and seconds between the end of the warm-up and the last step, whoever trains."""
 
+import statistics
 import time
 from typing import Any
 
@@ -7,26 +8,33 @@ import torch
 
 
 class Clock:
-    """Steps before `warm_up` are not counted; the last is `steps`."""
+    """Steps before `warm_up` are not counted; those after it, to the last, `steps`, are `repeats` of as many each."""
 
-    def __init__(self, warm_up: int, steps: int) -> None:
-        self.warm_up, self.steps, self.marks = warm_up, steps, [0.0, 0.0]
+    def __init__(self, warm_up: int, steps: int, repeats: int = 1) -> None:
+        self.each = (steps - warm_up) // repeats
+        if self.each < 1 or warm_up + repeats * self.each != steps:
+            raise ValueError(f"{steps - warm_up} steps after the warm-up are not {repeats} times as many")
+        self.steps = steps
+        self.bounds = range(warm_up, steps + 1, self.each)
+        self.marks: list[float] = []
         self.started = time.monotonic()
 
     def at(self, step: int) -> None:
-        """Take the time where `step` begins or ends what counts."""
-        if step in (self.warm_up, self.steps):
+        """Take the time where `step` begins or ends a repeat."""
+        if step in self.bounds:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.marks[step == self.steps] = time.monotonic()
+            self.marks.append(time.monotonic())
 
-    def result(self, counts: list[torch.Tensor]) -> dict[str, float]:
-        """The figures, given the tokens of each step, warm-up included."""
-        seconds = self.marks[1] - self.marks[0]
-        tokens = sum(int(count.sum()) for count in counts[self.warm_up :])
+    def result(self, counts: list[torch.Tensor]) -> dict[str, float | list[float]]:
+        """The figures, given the tokens of each step, warm-up included; those of all repeats are lists."""
+        seconds = [ended - began for began, ended in zip(self.marks, self.marks[1:], strict=False)]
+        tokens = [sum(int(count.sum()) for count in counts[first : first + self.each]) for first in self.bounds[:-1]]
+        speeds = [count / passed for count, passed in zip(tokens, seconds, strict=True)]
         return {
-            "tokens per second": round(tokens / seconds, 1),
-            "seconds a step": round(seconds / (self.steps - self.warm_up), 5),
+            "tokens per second": round(statistics.median(speeds), 1),
+            "seconds a step": round(statistics.median(seconds) / self.each, 5),
+            "repeats": [round(speed, 1) for speed in speeds],
             "start-up seconds": round(self.marks[0] - self.started, 1),
             "allocated GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
             "reserved GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),

@@ -39,8 +39,8 @@ def ours(given: argparse.Namespace, run: Run) -> dict[str, Any]:
     watches: list[Watch] = []
     make_trainer = train_run.make_trainer
 
-    def watched(job: Any) -> Any:
-        trainer = make_trainer(job)
+    def watched(*job: Any) -> Any:
+        trainer = make_trainer(*job)
         watches.append(Watch(lambda: trainer.counter().tokens, lambda: age(given), WARM_UP, given.seconds))
         trainer.add_callback(watches[0])
         return trainer

@@ -14,14 +14,15 @@ from pathlib import Path
 WAYS = (
     "ours", "ours-peft", "ours-eager", "ours-kept", "ours-fp8", "ours-loop", "trl-packed", "trl", "notebook", "unsloth"
 )  # fmt: skip
+REPEATS = 3  # of a process
 SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
-def figures(given: argparse.Namespace) -> dict[str, float]:
+def figures(given: argparse.Namespace) -> dict[str, float | list[float]]:
     """Measure a way."""
     from clock import Clock
 
-    clock = Clock(given.warm_up, given.steps)
+    clock = Clock(given.warm_up, given.steps, REPEATS)
     if given.way.startswith("ours"):
         sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
         from ours import ours
@@ -46,8 +47,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
     parser.add_argument("--targets", default=SEVEN)
-    parser.add_argument("--warm-up", type=int, default=8, help="steps")
-    parser.add_argument("--steps", type=int, default=24, help="in all")
+    parser.add_argument("--warm-up", type=int, default=6, help="steps")
+    parser.add_argument("--steps", type=int, default=24, help="in all; those after the warm-up are three repeats")
     given = parser.parse_args()
     if given.way == "ours-loop" and given.checkpointing:
         parser.error("ours-loop: it does not know --checkpointing; leave that out, or measure ours")

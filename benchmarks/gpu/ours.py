@@ -13,7 +13,7 @@ from qlora import training
 from qlora.training import Job, Trainer, learned, make_trainer
 
 
-def ours(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
+def ours(given: argparse.Namespace, clock: Clock) -> dict[str, float | list[float]]:
     """Train as it comes (`ours`), with FP8 products, with PEFT's computation, without the step graph, or in a loop.
 
     `ours-kept` keeps checkpointed hidden states on the GPU.

@@ -7,10 +7,11 @@ from typing import Any
 
 from clock import Clock, callback
 
+Figures = dict[str, float | list[float]]
 Build = Callable[[dict[str, Any]], Any]  # a trainer, of the arguments that all have in common
 
 
-def trained(given: argparse.Namespace, clock: Clock, build: Build) -> dict[str, float]:
+def trained(given: argparse.Namespace, clock: Clock, build: Build) -> Figures:
     """Train, and count the tokens: those of the attention mask, or the labels where there is none."""
     counts: list[Any] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,7 +49,7 @@ def count_tokens(trainer: Any, counts: list[Any]) -> None:
     trainer.training_step = step
 
 
-def trl(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
+def trl(given: argparse.Namespace, clock: Clock) -> Figures:
     """TRL as it comes: rows padded to the longest of their batch."""
     network, tokenizer = _loaded(given)
 
@@ -66,7 +67,7 @@ def trl(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
     return trained(given, clock, build)
 
 
-def trl_packed(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
+def trl_packed(given: argparse.Namespace, clock: Clock) -> Figures:
     """TRL with packed rows, FlashAttention over them, and Liger's norm, RoPE and MLP; its loss is in tiles already."""
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
@@ -87,7 +88,7 @@ def trl_packed(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
     return trained(given, clock, build)
 
 
-def notebook(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
+def notebook(given: argparse.Namespace, clock: Clock) -> Figures:
     """A notebook's way."""
     return trained(given, clock, lambda common: notebook_trainer(given, common))
 
@@ -111,7 +112,7 @@ def notebook_trainer(given: argparse.Namespace, common: dict[str, Any], **option
     )
 
 
-def unsloth(given: argparse.Namespace, clock: Clock) -> dict[str, float]:
+def unsloth(given: argparse.Namespace, clock: Clock) -> Figures:
     """Unsloth, packed by TRL."""
     from unsloth import FastLanguageModel  # isort: skip (it changes what is imported after it)
     from trl import SFTConfig, SFTTrainer

@@ -136,11 +136,11 @@ def _call(arguments: Sequence[str], seconds: float) -> str:
 
 
 def gpu() -> dict[str, str]:
-    """Name, SM clock, power and its limit, and temperature of the first GPU, as nvidia-smi says them; {} without it."""
+    """Name, SM clock, power and its limit, and temperature of the GPU in use, as nvidia-smi says; {} without it."""
     if not shutil.which("nvidia-smi"):
         return {}
-    fields = "name,clocks.sm,power.draw,power.limit,temperature.gpu"
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    fields, first = "name,clocks.sm,power.draw,power.limit,temperature.gpu", os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={first.split(',')[0]}"]
     answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     return dict(zip(fields.split(","), answer.strip().split(", "), strict=True))
 
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", HERE)) / "results.jsonl")
     parser.add_argument("--resume", type=Path, help="results to go on from; they are copied to --out first")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="that are enough")
-    parser.add_argument("--only", default="", help="groups whose title has this in it")
+    parser.add_argument("--only", nargs="+", default=[""], help="groups whose title has one of these in it")
     parser.add_argument("--models", type=Path, default=Path("/dev/shm/qlora-shapes"), help="where models are made")
     given = parser.parse_args()
     if given.resume and not given.resume.is_file():
@@ -184,9 +184,10 @@ def main() -> None:
     given.out.write_text(text, encoding="utf-8")
     new = []
     measure = partial(measure_on_gpu, given.models.resolve())
-    plan = [group for group in PLAN if given.only in group.title]
+    plan = [group for group in PLAN if any(part in group.title for part in given.only)]
     if not plan:
-        parser.error(f"--only {given.only}: no group's title has it; there are {'; '.join(g.title for g in PLAN)}")
+        titles = "; ".join(group.title for group in PLAN)
+        parser.error(f"--only {' '.join(given.only)}: no group's title has it; there are {titles}")
     for line in measure_all(plan, before, measure, lambda: end - time.monotonic(), given.rounds):
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -11,7 +11,7 @@ from plan import PLAN, Group, Way
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.jsonl", HERE.parents[1] / "docs/benchmarks.md"
 BEGIN, END = "<!-- GPU: made by benchmarks/gpu/table.py from benchmarks/gpu/results.jsonl -->", "<!-- end of GPU -->"
-HEAD = "way, tokens/s, s a step, allocated GiB, reserved GiB, repeats, first way of the group against it"
+HEAD = "way, tokens/s, s a step, allocated GiB, reserved GiB, repeats, card, first way of the group against it"
 NOTHING = "Nothing was run yet."
 Line = dict[str, Any]
 
@@ -44,7 +44,7 @@ def _ratio(stints: Sequence[Sequence[float]]) -> str:
 
 def table(plan: Sequence[Group], lines: Sequence[Line]) -> str:
     """All of the plan as Markdown: median (range) of the repeats; what failed or was not run says so."""
-    rows = ["| same work | " + HEAD.replace(", ", " | ") + " |", "|---" * 8 + "|"]
+    rows = ["| same work | " + HEAD.replace(", ", " | ") + " |", "|---" * 9 + "|"]
     for group in plan:
         own = [line for line in lines if line["group"] == group.title]
         rows += ["| " + " | ".join([group.title, *_cells(group, way, own)]) + " |" for way in group.ways]
@@ -56,17 +56,24 @@ def _cells(group: Group, way: Way, lines: Sequence[Line]) -> list[str]:
     mine = [line for line in lines if line["way"] == way.name]
     found = _measured(mine)
     if not found:
-        return [name, f"failed: {mine[-1]['failed']}".replace("|", "/") if mine else "not run", *[""] * 5]
+        return [name, f"failed: {mine[-1]['failed']}".replace("|", "/") if mine else "not run", *[""] * 6]
+    speeds = [speed for line in found for speed in line.get("repeats") or [line["tokens per second"]]]
     first = group.ways[0]
     against = [] if way == first else ratios(lines, first.name, way.name)
     return [
         name,
-        _spread([line["tokens per second"] for line in found], ",.0f"),
-        _spread([line["seconds a step"] for line in found], ".3f"),
+        _spread(speeds, ",.0f"),
+        f"{statistics.median(line['seconds a step'] for line in found):.3f}",
         *(f"{max(line[f'{kind} GiB'] for line in found):.1f}" for kind in ("allocated", "reserved")),
-        str(len(found)),
+        f"{len(speeds)} in {len(found)} process{'es' if len(found) > 1 else ''}",
+        ", ".join(sorted({card_of(line) for line in found})),
         _ratio(against),
     ]
+
+
+def card_of(line: Line) -> str:
+    """The card's short name, as "H100"; "" where there was none."""
+    return line["gpu after"].get("name", "").removeprefix("NVIDIA ").split(" ")[0]
 
 
 def _measured(lines: Sequence[Line]) -> list[Line]:

@@ -4,7 +4,7 @@ from qlora.stage import Progress, log
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from qlora.adapters import lora_config, loraplus_optimizer, lorentzian_penalty, start_from_rounding
 from qlora.batches import LikeLengths, PackedBatch, PaddedBatch, packs_of
 from qlora.errors import UserError
-from qlora.files import read_json
+from qlora.files import meanwhile, read_json
 from qlora.fp8 import check_card
 from qlora.fused_lora import fuse, why_not
 from qlora.liger import use_liger
@@ -216,15 +216,19 @@ class Job:
         return bool(read_json(self.tokens / "card.json")["validation"]["kept"])
 
 
-def make_trainer(job: Job) -> Trainer:
-    """A trainer over the quantised base with fp32 adapters. The seed is set before the adapter exists."""
+def make_trainer(job: Job, check: Callable[[], None] = lambda: None) -> Trainer:
+    """A trainer over the quantised base with fp32 adapters. The seed is set before the adapter exists.
+
+    `check` runs beside the loading of the base; what it raises ends all, and nothing is written before its end.
+    """
     tokenizer, settings = load_tokenizer(job.model), job.settings
     if settings["fp8"]:
         check_card(job.device)
+    with meanwhile(check):
+        network = load_quantized(job.model, settings["quantization"], job.device, job.attention)
     if not job.folder.is_dir():  # else it goes on from a checkpoint, and so do the curves
         shutil.rmtree(job.tensorboard, ignore_errors=True)
     writer = SummaryWriter(job.tensorboard)
-    network = load_quantized(job.model, settings["quantization"], job.device, job.attention)
     taken_apart = job.batching == "packed" and use_packed_attention(network)
     attention = "FlashAttention over each packed row" if taken_apart else network.config._attn_implementation
     kernels = use_liger(network) if job.device != "cpu" else "no Liger kernels, there is no GPU"

@@ -5,13 +5,16 @@ import hashlib
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from qlora.errors import UserError
 from qlora.files import (
+    check_files,
     files_below,
+    meanwhile,
     read_json,
     read_jsonl,
     replacing,
@@ -167,3 +170,42 @@ def test_broken_line_of_our_own_file_is_named(tmp_path):
     with pytest.raises(UserError) as caught:
         list(read_jsonl(path))
     assert str(caught.value) == f"{path}, line 2: not JSON (Expecting value); delete the file to make it anew"
+
+
+@pytest.mark.parametrize("made_of_it", [None, OSError("the loader's own words")])
+def test_what_a_check_finds_comes_before_what_was_made_of_bad_files(made_of_it):
+    def check():
+        raise UserError("this file is bad")
+
+    def load():
+        with meanwhile(check):
+            if made_of_it:
+                raise made_of_it
+
+    with pytest.raises(UserError, match="this file is bad"):
+        load()
+
+
+def test_without_a_finding_an_error_is_the_blocks_own_and_the_check_is_waited_for():
+    ended = []
+
+    def check():
+        time.sleep(0.2)
+        ended.append(True)
+
+    with meanwhile(check):
+        pass
+    with pytest.raises(OSError, match="its own"), meanwhile(check):
+        raise OSError("its own")
+    assert ended == [True, True]
+
+
+def test_the_first_bad_file_by_name_is_named(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    hashes = {name: sha256_of_file(tmp_path / name) for name in "cba"}
+    check_files(tmp_path, hashes, "source.json")
+    (tmp_path / "c").write_text("other")
+    (tmp_path / "b").unlink()
+    with pytest.raises(UserError, match=r"/b is not the file that source\.json names"):
+        check_files(tmp_path, hashes, "source.json")

@@ -47,8 +47,10 @@ class AsIn(torch.nn.Module):
         self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dropout = self.group.dropout
-        return dropout(x.reshape(-1, x.shape[-1]), self.group.number).view(x.shape) if self.training and dropout else x
+        dropout, number = self.group.dropout, self.group.number
+        if not self.training or not dropout:
+            return x
+        return x * dropout(torch.ones_like(x).flatten(0, -2), number).view(x.shape)  # the gradient passes too
 
 
 def learn_at_random(network: PeftModel, seed: int) -> None:

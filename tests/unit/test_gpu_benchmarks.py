@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import clock
 import one
 import run
 from clock import Clock
@@ -19,7 +20,13 @@ from plan import PLAN, Group, Way
 from run import Line, measure_all
 from table import PAGE, RESULTS, conditions, lines_of, ratios, table, with_table
 
-FIGURES = {"tokens per second": 1000.0, "seconds a step": 0.5, "allocated GiB": 5.0, "reserved GiB": 6.0}
+FIGURES = {
+    "tokens per second": 1000.0,
+    "seconds a step": 0.5,
+    "allocated GiB": 5.0,
+    "reserved GiB": 6.0,
+    "gpu after": {"name": "NVIDIA H100 80GB HBM3"},
+}
 PAIR = Group("pair", "tiny", "full", (Way("ours", 4), Way("trl", 8)))
 THREE = Group("three", "tiny", "mixed", (Way("ours", 4), Way("unsloth", 4), Way("notebook", 2)))
 
@@ -128,10 +135,10 @@ def test_ratios_are_of_one_round_and_so_of_one_stint() -> None:
 
 def test_a_ratio_of_a_single_round_says_so() -> None:
     lines = [line("ours", 1, 0, 100), line("trl", 1, 0, 50), line("ours", 1, 1, 400)]
-    assert table([PAIR], lines).splitlines()[-1].endswith("| 1 | 2.00 × (1 round) |")
+    assert table([PAIR], lines).splitlines()[-1].endswith("| 1 in 1 process | H100 | 2.00 × (1 round) |")
     lines += [line("ours", 2, 2, 30), line("trl", 2, 2, 10)]
-    assert table([PAIR], lines).splitlines()[-1].endswith("| 2 | 2.50 × |")
-    assert table([PAIR], lines[1:3]).splitlines()[-1].endswith("| 1 |  |")  # no round has both
+    assert table([PAIR], lines).splitlines()[-1].endswith("| 2 in 2 processes | H100 | 2.50 × |")
+    assert table([PAIR], lines[1:3]).splitlines()[-1].endswith("| 1 in 1 process | H100 |  |")  # no round has both
 
 
 def test_the_table_has_medians_ranges_failures_and_gaps() -> None:
@@ -140,11 +147,11 @@ def test_the_table_has_medians_ranges_failures_and_gaps() -> None:
     failed = {"group": "three", "way": "unsloth", "stint": 1, "round": 0, "failed": "status 1: a | b"}
     shown = table([PAIR, THREE], [*lines, failed]).splitlines()
     assert shown[2:] == [
-        "| pair | ours | 1,100 (1,000–1,200) | 0.500 (0.500–0.500) | 5.0 | 6.0 | 3 |  |",
-        "| pair | trl, batch 8 | 500 (500–500) | 0.500 (0.500–0.500) | 5.0 | 6.0 | 3 | 2.20 × |",
-        "| three | ours | not run |  |  |  |  |  |",
-        "| three | unsloth | failed: status 1: a / b |  |  |  |  |  |",
-        "| three | notebook, batch 2 | not run |  |  |  |  |  |",
+        "| pair | ours | 1,100 (1,000–1,200) | 0.500 | 5.0 | 6.0 | 3 in 3 processes | H100 |  |",
+        "| pair | trl, batch 8 | 500 (500–500) | 0.500 | 5.0 | 6.0 | 3 in 3 processes | H100 | 2.20 × |",
+        "| three | ours | not run |  |  |  |  |  |  |",
+        "| three | unsloth | failed: status 1: a / b |  |  |  |  |  |  |",
+        "| three | notebook, batch 2 | not run |  |  |  |  |  |  |",
     ]
 
 
@@ -198,6 +205,26 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
+
+
+def test_a_clock_gives_each_repeat_and_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 10.0, 12.0, 16.0, 17.0])
+    monkeypatch.setattr(clock.time, "monotonic", lambda: next(now))
+    found = Clock(2, 8, 3)
+    for step in range(1, 9):
+        found.at(step)
+    figures = found.result([torch.tensor([count]) for count in (99, 99, 10, 10, 10, 30, 5, 5)])
+    assert figures["repeats"] == [10.0, 10.0, 10.0]
+    assert (figures["tokens per second"], figures["seconds a step"], figures["start-up seconds"]) == (10.0, 1.0, 10.0)
+    with pytest.raises(ValueError, match="7 steps after the warm-up are not 3 times as many"):
+        Clock(1, 8, 3)
+
+
+def test_repeats_of_a_process_are_counted_one_by_one() -> None:
+    lines = [line("ours", 1, 0, 100, repeats=[90, 100, 130]), line("trl", 1, 0, 50, repeats=[40, 50, 60])]
+    shown = table([PAIR], [*lines, line("ours", 1, 1, 400)]).splitlines()
+    assert shown[2].startswith("| pair | ours | 115 (90–400) | 0.500 | 5.0 | 6.0 | 4 in 2 processes | H100 |")
+    assert shown[3].endswith("| 3 in 1 process | H100 | 2.00 × (1 round) |")
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,8 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_adapter(
     whole = case.train(f"whole-{batching}", checkpoints="elsewhere", **settings)
     made = stage.make_trainer
 
-    def interrupted(job: Job) -> Trainer:
-        trainer = made(job)
+    def interrupted(*job: Any) -> Trainer:
+        trainer = made(*job)
         trainer.add_callback(Interrupt())
         return trainer
 

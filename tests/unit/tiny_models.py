@@ -207,8 +207,8 @@ def train(base: Path, tokens: Path, preflight: Path, folder: Path, attention: st
     seen: list[Trained] = []
     made = train_run.make_trainer
 
-    def keeping(job: Any) -> Trainer:
-        trainer = made(job)
+    def keeping(*job: Any) -> Trainer:
+        trainer = made(*job)
         adapter = [weight.detach().clone() for weight in trainer.trainable()]
         layers = layers_in_4_bits(trainer.model)
         seen.append(Trained(folder, trainer, adapter, [layer.weight.detach().clone() for layer in layers]))
