@@ -1,4 +1,4 @@
-"""How tokenised rows become the tensors of a batch: padded side by side, or packed into rows of fixed length."""
+"""How tokenised rows become the tensors of a batch: padded side by side, end to end, or packed to a fixed length."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -14,6 +14,7 @@ from qlora.render import IGNORED
 
 POOL = 50  # batches
 Batch = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -80,7 +81,7 @@ class PaddedBatch:
         return with_places(batch)
 
 
-class PackedBatch:
+def packed(packs: Sequence[Sequence[Row]], room: int, padding: int, documents: int | None) -> Batch:
     """Packs of several rows each: input_ids, labels and position_ids, all (packs, room), and no attention mask.
 
     Attention stays inside a row because its positions begin at 0 again; transformers looks at them only where there is
@@ -90,38 +91,66 @@ class PackedBatch:
     number of learned places in whole tiles; and `cu_seq_lens_q` says where each row begins, for attention that
     takes them apart itself: padding is then one row, and rows of no token fill up the count.
     """
+    shape = (len(packs), room)
+    batch: Batch = {
+        "input_ids": torch.full(shape, padding),
+        "labels": torch.full(shape, IGNORED),
+        "position_ids": torch.zeros(shape, dtype=torch.long),
+        "tokens": torch.zeros(len(packs), dtype=torch.long),
+    }
+    starts = []
+    for pack, rows in enumerate(packs):
+        end = 0
+        for row in rows:
+            start, end = end, end + len(row["input_ids"])
+            starts.append(pack * room + start)
+            batch["input_ids"][pack, start:end] = torch.tensor(row["input_ids"])
+            batch["labels"][pack, start:end] = torch.tensor(row["labels"])
+            batch["labels"][pack, start] = IGNORED  # else it would be learned from the row before
+            batch["position_ids"][pack, start:end] = torch.arange(end - start)
+        batch["tokens"][pack] = end
+        if end < room:
+            starts.append(pack * room + end)
+    if documents is None:
+        return with_places(batch)
+    ends = [len(packs) * room] * (len(packs) * (documents + 1) + 1 - len(starts))
+    batch["cu_seq_lens_q"] = torch.tensor(starts + ends, dtype=torch.int32)
+    batch["max_length_q"] = room
+    return with_places(batch, TILE)
+
+
+class PackedBatch:
+    """Packs of rows that were chosen to fill `room` tokens; see `packed`, whose arguments these are."""
 
     def __init__(self, rows: Dataset, room: int, padding: int, documents: int | None = None) -> None:
         self.rows, self.room, self.padding, self.documents = rows, room, padding, documents
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         """Collate `examples`, each with the indices of a pack's rows under `rows`."""
-        shape = (len(examples), self.room)
-        batch: Batch = {
-            "input_ids": torch.full(shape, self.padding),
-            "labels": torch.full(shape, IGNORED),
-            "position_ids": torch.zeros(shape, dtype=torch.long),
-            "tokens": torch.zeros(len(examples), dtype=torch.long),
-        }
-        starts = []
-        for pack, example in enumerate(examples):
-            end = 0
-            for row in map(self.rows.__getitem__, example["rows"]):
-                start, end = end, end + len(row["input_ids"])
-                starts.append(pack * self.room + start)
-                batch["input_ids"][pack, start:end] = torch.tensor(row["input_ids"])
-                batch["labels"][pack, start:end] = torch.tensor(row["labels"])
-                batch["labels"][pack, start] = IGNORED  # else it would be learned from the row before
-                batch["position_ids"][pack, start:end] = torch.arange(end - start)
-            batch["tokens"][pack] = end
-            if end < self.room:
-                starts.append(pack * self.room + end)
-        if self.documents is None:
-            return with_places(batch)
-        ends = [len(examples) * self.room] * (len(examples) * (self.documents + 1) + 1 - len(starts))
-        batch["cu_seq_lens_q"] = torch.tensor(starts + ends, dtype=torch.int32)
-        batch["max_length_q"] = self.room
-        return with_places(batch, TILE)
+        packs = [[self.rows[row] for row in example["rows"]] for example in examples]
+        return packed(packs, self.room, self.padding, self.documents)
+
+
+class EndToEnd:
+    """The rows of a batch, at most `documents`, as one pack (see `packed`): what PaddedBatch has, without its padding.
+
+    The pack's room is one of a few sizes, so that a step that is recorded for each of them serves most batches.
+    """
+
+    def __init__(self, padding: int, documents: int | None) -> None:
+        self.padding, self.documents = padding, documents
+
+    def __call__(self, examples: Sequence[Row]) -> Batch:
+        """Collate `examples`, which hold input_ids and labels."""
+        room = size_for(sum(len(example["input_ids"]) for example in examples))
+        return packed([examples], room, self.padding, self.documents)
+
+
+def size_for(tokens: int) -> int:
+    """The least of 128, 160, 192, 224, 256, 320, 384, … (four to a doubling) that is at least `tokens`."""
+    tokens = max(tokens, 128)
+    step = 1 << (tokens - 1).bit_length() - 3
+    return -(-tokens // step) * step
 
 
 class LikeLengths(Sampler[int]):

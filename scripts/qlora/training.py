@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
 from qlora.adapters import lora_config, loraplus_optimizer, lorentzian_penalty, start_from_rounding
-from qlora.batches import LikeLengths, PackedBatch, PaddedBatch, packs_of
+from qlora.batches import EndToEnd, LikeLengths, PackedBatch, PaddedBatch, packs_of
 from qlora.errors import UserError
 from qlora.files import meanwhile, read_json
 from qlora.fp8 import check_card
@@ -229,8 +229,8 @@ def make_trainer(job: Job, check: Callable[[], None] = lambda: None) -> Trainer:
     if not job.folder.is_dir():  # else it goes on from a checkpoint, and so do the curves
         shutil.rmtree(job.tensorboard, ignore_errors=True)
     writer = SummaryWriter(job.tensorboard)
-    taken_apart = job.batching == "packed" and use_packed_attention(network)
-    attention = "FlashAttention over each packed row" if taken_apart else network.config._attn_implementation
+    taken_apart = use_packed_attention(network)
+    attention = "FlashAttention over each row" if taken_apart else network.config._attn_implementation
     kernels = use_liger(network) if job.device != "cpu" else "no Liger kernels, there is no GPU"
     add_supervised_loss(network)
     callbacks: list[TrainerCallback] = [TokenCounter(), TensorBoardCallback(writer)]
@@ -239,7 +239,9 @@ def make_trainer(job: Job, check: Callable[[], None] = lambda: None) -> Trainer:
     train, validation = (Dataset.from_file(str(job.tokens / f"{split}.arrow")) for split in ("train", "validation"))
     card = read_json(job.tokens / "card.json")
     asked = validation.take(min(settings["samples"], len(validation)))
-    collator: PackedBatch | PaddedBatch = PaddedBatch(padding_id(tokenizer))
+    collator: PackedBatch | PaddedBatch | EndToEnd = PaddedBatch(padding_id(tokenizer))
+    if taken_apart:
+        collator = EndToEnd(padding_id(tokenizer), settings["batch_size"])
     if job.batching == "packed":
         room, rows = card["max_length"], concatenate_datasets([train, validation])
         train, validation = packs_of(train, room, 0), packs_of(validation, room, len(train))
@@ -297,7 +299,7 @@ def why_no_graph(job: Job, network: PreTrainedModel, taken_apart: bool, random: 
     if job.device == "cpu":
         return "there is no GPU"
     if not taken_apart:
-        return "batches have no fixed shape (it wants packed rows and FlashAttention over them)"
+        return "batches have no fixed shape (it wants FlashAttention over rows laid end to end)"
     if any(kind in repr(getattr(network.config, "rope_parameters", "")) for kind in ("'dynamic'", "'longrope'")):
         return "its rotary positions depend on lengths, for which it waits"
     if compute_dtype(settings["quantization"]["compute_dtype"], job.device) == torch.float16:

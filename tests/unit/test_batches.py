@@ -8,7 +8,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora.batches import LikeLengths, PackedBatch, PaddedBatch, best_fit, packs_of
+from qlora.batches import EndToEnd, LikeLengths, PackedBatch, PaddedBatch, best_fit, packs_of, size_for
 from qlora.render import IGNORED
 
 
@@ -72,6 +72,26 @@ def test_a_rows_first_token_is_not_learned_from_the_row_before() -> None:
     rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2], "length": 2}] * 2)
     batch = PackedBatch(rows, 4, padding=0)([{"rows": [0, 1]}])
     assert batch["labels"].tolist() == [[IGNORED, 2, IGNORED, 2]]
+
+
+def test_rows_end_to_end_are_one_pack_of_one_of_a_few_sizes() -> None:
+    rows = list(rows_of_lengths(60, 70))
+    batch = EndToEnd(padding=7, documents=3)(rows)
+    assert batch["input_ids"].tolist() == [[*rows[0]["input_ids"], *rows[1]["input_ids"], *[7] * 30]]
+    assert batch["position_ids"].tolist() == [[*range(60), *range(70), *[0] * 30]]
+    assert batch["tokens"].tolist() == [130]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 60, 130, 160, 160]
+    shapes = {name: getattr(value, "shape", value) for name, value in batch.items()}
+    other = EndToEnd(padding=7, documents=3)(list(rows_of_lengths(50, 50, 45)))
+    assert {name: getattr(value, "shape", value) for name, value in other.items()} == shapes
+
+
+@given(st.integers(1, 10**6))
+def test_sizes_are_few_and_near(tokens: int) -> None:
+    size = size_for(tokens)
+    assert size == size_for(size) >= tokens
+    assert size == 128 or size < 1.25 * tokens
+    assert size % (1 << size.bit_length() - 3) == 0
 
 
 def test_a_padded_batch_masks_what_is_padding_even_where_it_equals_a_token() -> None:

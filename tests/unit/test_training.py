@@ -17,6 +17,7 @@ from tiny_models import QUANTIZATION, SETTINGS, make_base, make_rows, make_token
 from transformers import TrainerCallback
 
 from qlora import training
+from qlora.batches import EndToEnd
 from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl
 from qlora.loss import summed_nll
@@ -140,6 +141,15 @@ def test_the_step_equals_a_plain_reference(eight: Bench, settings: dict[str, Any
     trainer = eight.trainer(**ALL, **settings)
     rows = list(Dataset.from_file(str(eight.tokens / "train.arrow")))
     expected, wanted = reference(trainer, rows)
+    loss, found = first_step(trainer)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    close(found, wanted)
+
+
+def test_rows_end_to_end_are_learned_as_rows_side_by_side(eight: Bench) -> None:
+    trainer = eight.trainer(**ALL, batch_size=8, accumulation=1)
+    expected, wanted = reference(trainer, list(Dataset.from_file(str(eight.tokens / "train.arrow"))))
+    trainer.data_collator = EndToEnd(0, None)
     loss, found = first_step(trainer)
     assert loss == pytest.approx(expected, rel=1e-4)
     close(found, wanted)
