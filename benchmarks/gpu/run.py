@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -83,6 +84,14 @@ def measure_all(
                 about = {"stint": stint, "round": number, "group": group.title, "way": way.name}
                 lines.append({**about, **measure(group, way, left())})
                 yield lines[-1]
+
+
+def chosen(plan: Sequence[Group], titles: Sequence[str], ways: Sequence[str] | None) -> list[Group]:
+    """The groups whose title has one of `titles` in it, with those of their ways that are named, where some are."""
+    kept = [group for group in plan if any(part in group.title for part in titles)]
+    if ways:
+        kept = [replace(group, ways=tuple(way for way in group.ways if way.name in ways)) for group in kept]
+    return [group for group in kept if group.ways]
 
 
 def command(group: Group, way: Way, folder: Path) -> list[str]:
@@ -174,6 +183,7 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="results to go on from; they are copied to --out first")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="that are enough")
     parser.add_argument("--only", nargs="+", default=[""], help="groups whose title has one of these in it")
+    parser.add_argument("--ways", nargs="+", help="the ways that are measured, by name; all, where it is not given")
     parser.add_argument("--models", type=Path, default=Path("/dev/shm/qlora-shapes"), help="where models are made")
     given = parser.parse_args()
     if given.resume and not given.resume.is_file():
@@ -184,10 +194,10 @@ def main() -> None:
     given.out.write_text(text, encoding="utf-8")
     new = []
     measure = partial(measure_on_gpu, given.models.resolve())
-    plan = [group for group in PLAN if any(part in group.title for part in given.only)]
+    plan = chosen(PLAN, given.only, given.ways)
     if not plan:
         titles = "; ".join(group.title for group in PLAN)
-        parser.error(f"--only {' '.join(given.only)}: no group's title has it; there are {titles}")
+        parser.error(f"--only {' '.join(given.only)}: no group has it, or not these --ways; there are {titles}")
     for line in measure_all(plan, before, measure, lambda: end - time.monotonic(), given.rounds):
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

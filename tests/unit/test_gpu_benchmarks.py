@@ -126,6 +126,14 @@ def test_what_failed_is_tried_once_a_stint_and_first_in_the_next() -> None:
     assert again.count("unsloth") == again.count("ours") == 3
 
 
+def test_groups_and_ways_may_be_chosen() -> None:
+    [group] = run.chosen([PAIR, THREE], ["air", "nothing"], None)
+    assert group == PAIR
+    found = run.chosen([PAIR, THREE], [""], ["notebook", "ours"])
+    assert [[way.name for way in group.ways] for group in found] == [["ours"], ["ours", "notebook"]]
+    assert run.chosen([PAIR], [""], ["unsloth"]) == []
+
+
 def test_ratios_are_of_one_round_and_so_of_one_stint() -> None:
     lines = [line("ours", 1, 0, 100), line("trl", 1, 0, 50), line("ours", 2, 1, 400), line("trl", 3, 2, 10)]
     assert ratios(lines, "ours", "trl") == [[2.0]]
