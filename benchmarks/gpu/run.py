@@ -155,11 +155,11 @@ def gpu() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """This repository's commit; of a copy without its history what COMMIT says, None where that is not set."""
-    if not shutil.which("git"):
+    """What COMMIT says, as in a copy without its history, or this repository's commit; None where neither is there."""
+    if os.environ.get("COMMIT") or not shutil.which("git"):
         return os.environ.get("COMMIT")
     found = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return os.environ.get("COMMIT") if found.returncode else found.stdout.strip()
+    return None if found.returncode else found.stdout.strip()
 
 
 def software() -> Line:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import FORM, QUANTIZATION, make_base, make_preflight, make_rows, make_tokens, train
 
 from chat import main
@@ -90,6 +91,18 @@ def test_as_a_user_would_a_file_is_answered_as_in_evaluation_with_the_base_besid
     assert refused.stderr.endswith(
         "chat: error: results/runs/none: no run.json there; give the folder of a trained run, as results/runs/RUN\n"
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_answers_are_those_of_the_cpu(folder: Path) -> None:
+    command = [sys.executable, "scripts/chat.py", "results/runs/facts", "--file", "facts/test.jsonl", "--compare"]
+    done = subprocess.run(
+        [*command, *LIMIT, "--device", "cuda"], cwd=folder, capture_output=True, text=True, check=True
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["answer"] for row in told] == generated(folder, "tuned")
+    assert [row["base"] for row in told] == generated(folder, "base")
 
 
 def test_a_prompt_is_answered_and_nothing_else_is_printed(folder: Path, chat: Callable[..., str]) -> None:

@@ -178,9 +178,7 @@ def test_the_page_says_what_was_measured_on() -> None:
     assert conditions(named) == f"{said}; commit aaaaaaaaaa."
 
 
-def test_the_commit_is_the_repositorys_or_what_a_copy_without_it_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commit_is_what_a_copy_is_told_or_the_repositorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "HERE", tmp_path)
     monkeypatch.delenv("COMMIT", raising=False)
     assert run.commit() is None
@@ -188,11 +186,13 @@ def test_the_commit_is_the_repositorys_or_what_a_copy_without_it_is_told(
     assert run.commit() == "told"
     for arguments in (["init"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "one"]):
         subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+    assert run.commit() == "told"
+    monkeypatch.delenv("COMMIT")
     found = run.commit()
     assert found
     assert len(found) == 40
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert run.commit() == "told"
+    assert run.commit() is None
 
 
 def test_the_page_has_the_table_of_the_committed_results() -> None:
@@ -279,7 +279,7 @@ def test_a_measurement_that_hangs_leaves_time_for_others(machine: Path, monkeypa
 def test_a_way_is_called_with_all_that_it_is(tmp_path: Path) -> None:
     group = next(group for group in PLAN if group.shape == "falcon-7b")
     called = " ".join(run.command(group, group.ways[0], tmp_path)[2:])
-    assert called.startswith(f"{tmp_path} ours --rows mixed --batch 8 --batching grouped --steps 24")
+    assert called.startswith(f"{tmp_path} ours --rows mixed --batch 4 --batching grouped --steps 24 --check")
     assert called.endswith("--targets query_key_value,dense,dense_h_to_4h,dense_4h_to_h")
 
 

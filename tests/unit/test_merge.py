@@ -179,6 +179,20 @@ def test_an_adapter_without_a_matrix_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_merges_as_the_cpu_does(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", "sdpa")
+    for device in ("cpu", "cuda"):
+        merge_adapter(base, adapter, tmp_path / device, QUANTIZATION, "sdpa", device)
+    found, expected = (load_file(tmp_path / device / "model.safetensors") for device in ("cuda", "cpu"))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=2**-7, atol=1e-4)  # a sum in another order, rounded
+    assert read_json(tmp_path / "cuda/merge.json")["drift"]["rms"] < BF16
+
+
 @pytest.mark.slow
 def test_memory_grows_by_about_a_shard_however_large_the_model(tmp_path: Path) -> None:
     shard, peaks = 40 * 2**20, {}
