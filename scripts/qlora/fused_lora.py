@@ -69,15 +69,18 @@ class Group:
         adapter = (self.bs[place], self.scaled_a.split(self.ranks)[place]) if self.added else None
         return dequantized(self.modules[place].base_layer.weight, self.dtype, adapter)
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Each layer's output (tokens, out) for `x` (tokens, in), and s x Aᵀ of all (tokens, sum of ranks)."""
+    def forward(self, x: Tensor, apart: bool = False) -> tuple[list[Tensor], Tensor]:
+        """Each layer's output (tokens, out) for `x` (tokens, in), and s d(x) Aᵀ of all (tokens, sum of ranks).
+
+        `apart`: the outputs lack (s d(x) Aᵀ) Bᵀ, which the caller adds; only where adapters are not `added`.
+        """
         narrow = self.dropped(x) @ self.scaled_a.t()
         frozen = fp8.products(self.fp8, x) if self.fp8 else None
         outputs = []
         for place, (part, b) in enumerate(zip(narrow.split(self.ranks, dim=1), self.bs, strict=True)):
             if frozen:
-                output = frozen[place].addmm_(part, b.t())
-            elif self.added:
+                output = frozen[place] if apart else frozen[place].addmm_(part, b.t())
+            elif self.added or apart:
                 output = x @ self.weight(place).t()
             else:
                 output = (part @ b.t()).addmm_(x, self.weight(place).t())
@@ -144,14 +147,18 @@ class Products(torch.autograd.Function):
 
 
 class GatedMlp(torch.autograd.Function):
-    """down(act(gate(x)) · up(x)); of the wide tensors only gate's and up's outputs are kept."""
+    """down(act(gate(x)) · up(x)); of the wide tensors only gate's and up's outputs are kept.
+
+    Where the activation adds the adapters of gate and up as it reads these, they are kept without.
+    """
 
     @staticmethod
     def forward(ctx: Any, first: Group, down: Group, act: Activation, x: Tensor, *_: Tensor) -> Tensor:
         """`first` is gate and up, `x` (tokens, width); after it come A and B of gate, up and down by turns."""
-        (gate, up), narrow = first.forward(x)
-        (output,), low = down.forward(act.forward(gate, up))
-        ctx.first, ctx.down, ctx.act = first, down, act
+        apart = act.can_add(x, first.ranks) and not first.added
+        (gate, up), narrow = first.forward(x, apart)
+        (output,), low = down.forward(act.forward(gate, up, (narrow, *first.bs) if apart else ()))
+        ctx.first, ctx.down, ctx.act, ctx.apart = first, down, act, apart
         ctx.save_for_backward(x, narrow, gate, up, low)
         return output
 
@@ -160,7 +167,7 @@ class GatedMlp(torch.autograd.Function):
         """The gradients of what `forward` took."""
         x, narrow, gate, up, low = ctx.saved_tensors
         of_hidden, below = ctx.down.input_gradient([grad], wanted=True)
-        *of_wide, hidden = ctx.act.backward(gate, up, of_hidden)
+        *of_wide, hidden = ctx.act.backward(gate, up, of_hidden, (narrow, *ctx.first.bs) if ctx.apart else ())
         of_down = ctx.down.adapter_gradients(hidden, low, below, [grad])
         del hidden, of_hidden
         of_x, below = ctx.first.input_gradient(of_wide, ctx.needs_input_grad[3])

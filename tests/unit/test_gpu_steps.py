@@ -13,8 +13,10 @@ from test_fused_lora import distance
 from test_training import Bench
 from tiny_models import QUANTIZATION, SETTINGS, layers_in_4_bits, make_base, make_rows, make_tokens
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
 
 from qlora import fp8, training
+from qlora.activations import Activation
 from qlora.batches import PackedBatch
 from qlora.loss import TILE, add_supervised_loss, summed_nll
 from qlora.models import load_quantized
@@ -280,6 +282,43 @@ def test_an_adapter_added_to_a_weight_is_rounded_once(dtype: torch.dtype, rank: 
         found = dequantized(layer.weight, dtype, (b, a.t().contiguous())).double()
         step = max(torch.finfo(dtype).eps / 2, 2e-6)
         torch.testing.assert_close(found, exact, rtol=1.01 * step, atol=2e-6 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("ranks", [(), (8, 8), (1, 64), (40, 16)])
+@pytest.mark.parametrize("shape", [(64, 256), (70, 200), (3, 65)])
+def test_a_gated_product_and_its_gradients_are_rounded_once(
+    shape: tuple[int, int], ranks: tuple[int, ...], function: str, dtype: torch.dtype
+) -> None:
+    """With adapters of gate and up, and without, against float64."""
+    generator = torch.Generator().manual_seed(2)
+
+    def drawn(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator).cuda().to(dtype)
+
+    act = Activation(ACT2FN[function])
+    (gate, up, grad), height, width = (drawn(*shape) for _ in range(3)), *shape
+    adapters = [drawn(height, sum(ranks)), *(drawn(width, rank) / 4 for rank in ranks)] if ranks else []
+    wide = [gate.double().requires_grad_(), up.double().requires_grad_()]
+    added = list(wide)
+    if ranks:
+        assert act.can_add(gate, ranks)
+        parts = adapters[0].double().split(ranks, dim=1)
+        added = [one + part @ b.double().t() for one, part, b in zip(wide, parts, adapters[1:], strict=True)]
+    product = act.function(added[0]) * added[1]
+    exact = [*torch.autograd.grad(product, wide, grad.double()), product.detach()]
+    found = [act.forward(gate, up, adapters), *act.backward(gate, up, grad, adapters)]
+    step = max(torch.finfo(dtype).eps / 2, 2e-6)
+    for one, other in zip(found, [exact[2], *exact], strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1.01 * step, atol=1e-5 * float(other.abs().max()))
+
+
+def test_wide_adapters_are_not_added_in_the_activation() -> None:
+    act, x = Activation(torch.nn.SiLU()), torch.ones(1, device="cuda")
+    assert act.can_add(x, (64, 1))
+    assert not act.can_add(x, (1, 65))
+    assert not Activation(torch.nn.ReLU()).can_add(x, (1, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
