@@ -146,9 +146,10 @@ def _call(arguments: Sequence[str], seconds: float) -> str:
 
 def gpu() -> dict[str, str]:
     """Name, SM clock, power and its limit, and temperature of the GPU in use, as nvidia-smi says; {} without it."""
-    if not shutil.which("nvidia-smi"):
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    if not shutil.which("nvidia-smi") or not first:
         return {}
-    fields, first = "name,clocks.sm,power.draw,power.limit,temperature.gpu", os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    fields = "name,clocks.sm,power.draw,power.limit,temperature.gpu"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={first.split(',')[0]}"]
     answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     return dict(zip(fields.split(","), answer.strip().split(", "), strict=True))

@@ -1,6 +1,7 @@
 """Write the table of docs/benchmarks.md from results.jsonl: `python benchmarks/gpu/table.py`."""
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,25 +56,28 @@ def _cells(group: Group, way: Way, lines: Sequence[Line]) -> list[str]:
     name = f"{way.name}{f', batch {way.batch}' if way.batch != group.ways[0].batch else ''}"
     mine = [line for line in lines if line["way"] == way.name]
     found = _measured(mine)
+    found = [line for line in found if card_of(line) == card_of(found[-1])]  # speeds of two cards have no median
     if not found:
         return [name, f"failed: {mine[-1]['failed']}".replace("|", "/") if mine else "not run", *[""] * 6]
     speeds = [speed for line in found for speed in line.get("repeats") or [line["tokens per second"]]]
     first = group.ways[0]
-    against = [] if way == first else ratios(lines, first.name, way.name)
+    same = [line for line in lines if "failed" in line or card_of(line) == card_of(found[0])]
+    against = [] if way == first else ratios(same, first.name, way.name)
     return [
         name,
         _spread(speeds, ",.0f"),
         f"{statistics.median(line['seconds a step'] for line in found):.3f}",
         *(f"{max(line[f'{kind} GiB'] for line in found):.1f}" for kind in ("allocated", "reserved")),
         f"{len(speeds)} in {len(found)} process{'es' if len(found) > 1 else ''}",
-        ", ".join(sorted({card_of(line) for line in found})),
+        card_of(found[0]),
         _ratio(against),
     ]
 
 
 def card_of(line: Line) -> str:
-    """The card's short name, as "H100"; "" where there was none."""
-    return line["gpu after"].get("name", "").removeprefix("NVIDIA ").split(" ")[0]
+    """The card's name without its maker and memory, as "H100"; "" where there was none."""
+    name = re.sub(r" (PCIe|SXM\d?)|[ -]\d+ ?GB.*", "", line["gpu after"].get("name", ""))
+    return re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name)
 
 
 def _measured(lines: Sequence[Line]) -> list[Line]:

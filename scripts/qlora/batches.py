@@ -116,7 +116,7 @@ def packed(packs: Sequence[Sequence[Row]], room: int, padding: int, documents: i
     ends = [len(packs) * room] * (len(packs) * (documents + 1) + 1 - len(starts))
     batch["cu_seq_lens_q"] = torch.tensor(starts + ends, dtype=torch.int32)
     batch["max_length_q"] = room
-    return with_places(batch, TILE)
+    return with_places(batch, min(TILE, len(packs) * room))
 
 
 class PackedBatch:
@@ -132,18 +132,18 @@ class PackedBatch:
 
 
 class EndToEnd:
-    """The rows of a batch, at most `documents`, as one pack (see `packed`): what PaddedBatch has, without its padding.
+    """The rows of a batch, at most `documents`, as one pack (see `packed`), with no padding between them.
 
-    The pack's room is one of a few sizes, so that a step that is recorded for each of them serves most batches.
+    Where steps are `recorded`, the pack's room is one of a few sizes, each of which is recorded once.
     """
 
-    def __init__(self, padding: int, documents: int | None) -> None:
-        self.padding, self.documents = padding, documents
+    def __init__(self, padding: int, documents: int | None, recorded: bool = True) -> None:
+        self.padding, self.documents, self.recorded = padding, documents, recorded
 
     def __call__(self, examples: Sequence[Row]) -> Batch:
         """Collate `examples`, which hold input_ids and labels."""
-        room = size_for(sum(len(example["input_ids"]) for example in examples))
-        return packed([examples], room, self.padding, self.documents)
+        tokens = sum(len(example["input_ids"]) for example in examples)
+        return packed([examples], size_for(tokens) if self.recorded else tokens, self.padding, self.documents)
 
 
 def size_for(tokens: int) -> int:
@@ -157,6 +157,7 @@ class LikeLengths(Sampler[int]):
     """Places of rows so that each batch holds rows of like length; another order each epoch, decided by the seed alone.
 
     Rows are drawn in pools of POOL batches, which are sorted by length and cut into batches; the batches are shuffled.
+    The one with the most tokens comes first: what does not fit into memory shows at once, and what it took serves all.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -181,6 +182,10 @@ class LikeLengths(Sampler[int]):
         batches = [places[start : start + self.batch_size] for start in range(0, len(self), self.batch_size)]
         last = batches.pop() if batches and len(batches[-1]) < self.batch_size else []
         random.shuffle(batches)
+        if batches:
+            tokens = [sum(self.lengths[row] for row in batch) for batch in batches]
+            largest = tokens.index(max(tokens))
+            batches[0], batches[largest] = batches[largest], batches[0]
         return chain(*batches, last)
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed rows, each row by itself: PyTorch's FlashAttention-2 (Dao, arXiv 2307.08691), on a GPU."""
+"""Attention over rows end to end, each by itself: PyTorch's FlashAttention-2 (Dao, arXiv 2307.08691), on a GPU."""
 
 import inspect
 from typing import Any
@@ -12,17 +12,19 @@ from transformers.masking_utils import sdpa_mask
 NAME = "packed"
 # Families whose decoder hands the rows' beginnings on to attention, and whose scores are not changed on the way.
 FAMILIES = {"llama", "mistral", "gemma", "qwen2", "qwen3", "phi", "phi3", "smollm3"}
-GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # from torch 2.12
+ASKS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # from torch 2.12; before, it just does
 
 
 def use_packed_attention(network: PreTrainedModel) -> bool:
-    """Let a network on a GPU take packed rows apart in attention itself, where its family can; tell whether.
+    """Let a network on a GPU take rows that lie end to end apart in attention, where its family can; tell whether.
 
     Other batches of it go through transformers' sdpa.
     """
     family = network.config.model_type
     config = network.config
-    covered = family in FAMILIES and config._attn_implementation == "sdpa" and not config.attention_dropout
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fits = width <= 256 and not width % 8
+    covered = family in FAMILIES and fits and config._attn_implementation == "sdpa" and not config.attention_dropout
     if not covered or not _flash() or network.dtype not in (torch.bfloat16, torch.float16):
         return False
     AttentionInterface.register(NAME, packed_attention)
@@ -55,8 +57,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention in transformers' interface: (batch, heads, tokens, width) gives (batch, tokens, heads, width).
 
-    `cu_seq_lens_q` (rows + 1,) has the beginnings of the rows in the flattened batch, and its end. Without it, as for
-    padded batches, this is transformers' sdpa.
+    `cu_seq_lens_q` (rows + 1,) has the beginnings of the rows in the flattened batch, and its end. Without it, as in
+    generation, this is transformers' sdpa.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         windowed = {**rest, "scaling": scaling, "sliding_window": sliding_window}
@@ -66,9 +68,7 @@ def packed_attention(
         return output
     shape = query.transpose(1, 2).shape
     groups = query.shape[1] // key.shape[1]
-    options: dict[str, Any] = {"enable_gqa": True} if groups > 1 and GROUPS_HEADS else {}
-    if groups > 1 and not GROUPS_HEADS:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    options: dict[str, Any] = {"enable_gqa": True} if groups > 1 and ASKS else {}
     # After a LayerNorm under autocast they are float32, which the kernel does not take.
     half = torch.get_autocast_dtype("cuda") if query.dtype == torch.float32 else query.dtype
     q, k, v = (heads.transpose(1, 2).flatten(0, 1).to(half) for heads in (query, key, value))

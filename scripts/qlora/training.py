@@ -221,15 +221,16 @@ def make_trainer(job: Job, check: Callable[[], None] = lambda: None) -> Trainer:
 
     `check` runs beside the loading of the base; what it raises ends all, and nothing is written before its end.
     """
-    tokenizer, settings = load_tokenizer(job.model), job.settings
+    settings = job.settings
     if settings["fp8"]:
         check_card(job.device)
     with meanwhile(check):
+        tokenizer = load_tokenizer(job.model)
         network = load_quantized(job.model, settings["quantization"], job.device, job.attention)
     if not job.folder.is_dir():  # else it goes on from a checkpoint, and so do the curves
         shutil.rmtree(job.tensorboard, ignore_errors=True)
     writer = SummaryWriter(job.tensorboard)
-    taken_apart = use_packed_attention(network)
+    taken_apart = job.device != "cpu" and use_packed_attention(network)
     attention = "FlashAttention over each row" if taken_apart else network.config._attn_implementation
     kernels = use_liger(network) if job.device != "cpu" else "no Liger kernels, there is no GPU"
     add_supervised_loss(network)
@@ -239,9 +240,7 @@ def make_trainer(job: Job, check: Callable[[], None] = lambda: None) -> Trainer:
     train, validation = (Dataset.from_file(str(job.tokens / f"{split}.arrow")) for split in ("train", "validation"))
     card = read_json(job.tokens / "card.json")
     asked = validation.take(min(settings["samples"], len(validation)))
-    collator: PackedBatch | PaddedBatch | EndToEnd = PaddedBatch(padding_id(tokenizer))
-    if taken_apart:
-        collator = EndToEnd(padding_id(tokenizer), settings["batch_size"])
+    collator: PackedBatch | PaddedBatch = PaddedBatch(padding_id(tokenizer))
     if job.batching == "packed":
         room, rows = card["max_length"], concatenate_datasets([train, validation])
         train, validation = packs_of(train, room, 0), packs_of(validation, room, len(train))
@@ -278,6 +277,8 @@ def make_trainer(job: Job, check: Callable[[], None] = lambda: None) -> Trainer:
     reason = "several processes" if several else why_no_graph(job, network, taken_apart, random)
     if reason is None:
         trainer.record_steps()
+    if taken_apart and job.batching != "packed":
+        trainer.data_collator = EndToEnd(padding_id(tokenizer), settings["batch_size"], recorded=reason is None)
     graph = "micro-steps recorded as CUDA graphs" if reason is None else f"no CUDA graphs: {reason}"
     trainer.choose(f"attention: {attention}", kernels, fused, *hidden, graph)
     return trainer

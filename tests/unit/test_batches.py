@@ -84,6 +84,10 @@ def test_rows_end_to_end_are_one_pack_of_one_of_a_few_sizes() -> None:
     shapes = {name: getattr(value, "shape", value) for name, value in batch.items()}
     other = EndToEnd(padding=7, documents=3)(list(rows_of_lengths(50, 50, 45)))
     assert {name: getattr(value, "shape", value) for name, value in other.items()} == shapes
+    assert len(batch["learned"]) == 160
+    exact = EndToEnd(padding=7, documents=3, recorded=False)(rows)
+    assert exact["input_ids"].shape == (1, 130)
+    assert exact["cu_seq_lens_q"].tolist() == [0, 60, 130, 130, 130]
 
 
 @given(st.integers(1, 10**6))
@@ -122,6 +126,9 @@ def test_batches_hold_rows_of_like_length() -> None:
     order = list(LikeLengths(lengths, 4, 1))
     spreads = [max(batch) - min(batch) for batch in zip(*[iter([lengths[row] for row in order])] * 4, strict=True)]
     assert sum(spreads) / len(spreads) < 4
+    tokens = [sum(batch) for batch in zip(*[iter([lengths[row] for row in order])] * 4, strict=True)]
+    assert tokens[0] == max(tokens)
+    assert tokens[1:] != sorted(tokens[1:], reverse=True)
     other = LikeLengths(lengths, 4, 1)
     other.set_epoch(1)
     assert list(other) != order

@@ -5,6 +5,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -198,6 +200,47 @@ def test_without_a_finding_an_error_is_the_blocks_own_and_the_check_is_waited_fo
     with pytest.raises(OSError, match="its own"), meanwhile(check):
         raise OSError("its own")
     assert ended == [True, True]
+
+
+def test_a_request_to_stop_does_not_wait_for_a_check():
+    go_on, ended = threading.Event(), []
+
+    def check():
+        go_on.wait(60)
+        ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt), meanwhile(check):
+        raise KeyboardInterrupt
+    assert not ended
+    go_on.set()
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from qlora.files import meanwhile, sha256_of_files
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, stop)
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+never = Path(sys.argv[1])
+try:
+    with meanwhile(lambda: sha256_of_files([never])) if sys.argv[2] == "beside" else open(os.devnull):
+        sha256_of_files([never])
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize("where", ["alone", "beside"])
+def test_a_process_that_hashes_ends_when_it_is_told_to(tmp_path, where):
+    os.mkfifo(tmp_path / "never")  # whoever reads it waits for a writer
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "never"), where]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "scripts")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
 
 
 def test_the_first_bad_file_by_name_is_named(tmp_path):

@@ -18,7 +18,7 @@ from clock import Clock
 from ours import loop
 from plan import PLAN, Group, Way
 from run import Line, measure_all
-from table import PAGE, RESULTS, conditions, lines_of, ratios, table, with_table
+from table import PAGE, RESULTS, card_of, conditions, lines_of, ratios, table, with_table
 
 FIGURES = {
     "tokens per second": 1000.0,
@@ -226,6 +226,30 @@ def test_a_clock_gives_each_repeat_and_leaves_the_warm_up_out(monkeypatch: pytes
     assert (figures["tokens per second"], figures["seconds a step"], figures["start-up seconds"]) == (10.0, 1.0, 10.0)
     with pytest.raises(ValueError, match="7 steps after the warm-up are not 3 times as many"):
         Clock(1, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA A100-SXM4-80GB", "A100-SXM4"),
+    ],
+)
+def test_cards_have_short_names(name: str, short: str) -> None:
+    assert card_of({"gpu after": {"name": name}}) == short
+
+
+def test_figures_of_two_cards_are_not_mixed() -> None:
+    other = {"gpu after": {"name": "NVIDIA H200"}}
+    lines = [line("ours", 1, 0, 100), line("trl", 1, 0, 50), line("ours", 2, 1, 300, **other)]
+    lines.append(line("trl", 2, 1, 100, **other))
+    shown = table([PAIR], lines).splitlines()
+    assert shown[2].startswith("| pair | ours | 300 (300–300) | 0.500 | 5.0 | 6.0 | 1 in 1 process | H200 |")
+    assert shown[3].endswith("| H200 | 3.00 × (1 round) |")
 
 
 def test_repeats_of_a_process_are_counted_one_by_one() -> None:

@@ -290,6 +290,22 @@ def test_a_flipped_byte_of_what_is_trained_on_is_named_and_not_used(case: Case, 
     assert not (case.root / "flipped").exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_base_that_cannot_even_be_loaded_is_named(case: Case, name: str, gone: bool) -> None:
+    path = case.root / "base" / name
+    right = path.read_bytes()
+    path.unlink()
+    if not gone:
+        path.write_bytes(right[: len(right) // 2])
+    try:
+        with pytest.raises(UserError, match=f"{path} is not the file that source.json names"):
+            case.train("damaged")
+    finally:
+        path.write_bytes(right)
+    assert not (case.root / "damaged").exists()
+
+
 def test_a_model_of_which_nothing_is_quantised_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base(tmp_path, "falcon")
     monkeypatch.setattr("qlora.models._use_plain_linear_in_falcon", lambda: None)

@@ -17,7 +17,7 @@ from tiny_models import QUANTIZATION, SETTINGS, make_base, make_rows, make_token
 from transformers import TrainerCallback
 
 from qlora import training
-from qlora.batches import EndToEnd
+from qlora.batches import EndToEnd, PaddedBatch
 from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl
 from qlora.loss import summed_nll
@@ -144,6 +144,14 @@ def test_the_step_equals_a_plain_reference(eight: Bench, settings: dict[str, Any
     loss, found = first_step(trainer)
     assert loss == pytest.approx(expected, rel=1e-4)
     close(found, wanted)
+
+
+def test_on_a_cpu_beside_a_gpu_rows_lie_side_by_side(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora.packed_attention._flash", lambda: True)
+    trainer = bench.trainer(quantization={**QUANTIZATION, "compute_dtype": "bfloat16"}, max_steps=1)
+    assert isinstance(trainer.data_collator, PaddedBatch)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_rows_end_to_end_are_learned_as_rows_side_by_side(eight: Bench) -> None:
