@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.utils import filter_repo_objects, tqdm
 
 from qlora.errors import UserError
 from qlora.files import files_below, read_json, replacing, sha256_of, write_source_record
 from qlora.hub import HUB_ERRORS, explained
+from qlora.large_files import fetch_large, remove_left_over
 from qlora.pins import BRANCH, NEVER, is_commit, lock_entry, read_lock
 
 GIT_DIGITS = 40  # of a hash that git makes; a SHA-256 has 64
@@ -41,7 +42,9 @@ def download_source(
         scratch.mkdir()
         if "hub" in source:
             snapshot = _snapshot(kind, name, source, patterns)
-            _link(_needed(snapshot, kind, name, source, patterns), snapshot, scratch)
+            needed = _needed(snapshot, kind, name, source, patterns)
+            remove_left_over(needed)
+            _link(needed, snapshot, scratch)
             write_source_record(scratch, source)
             locked = lock_entry(read_lock(lock), kind, name, source) if lock else None
             _check(scratch, snapshot, f"{kind}.{name}: {source['hub']}", locked["files"] if locked else {})
@@ -71,11 +74,14 @@ def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) ->
 def _snapshot(kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> Path:
     """The folder of the hub's cache in which the needed files now are; what is there already is not fetched."""
     repository, revision = source["hub"], source["revision"]
+    singular = kind.removesuffix("s")
     log.info("downloading %s at %s", repository, revision)
     try:
+        if constants.HF_HUB_DISABLE_XET:
+            fetch_large(repository, singular, revision, patterns, NEVER, _Lines(name=BAR_OF_BYTES))
         snapshot = snapshot_download(
             repository,
-            repo_type=kind.removesuffix("s"),
+            repo_type=singular,
             revision=revision,
             allow_patterns=patterns,
             ignore_patterns=list(NEVER),

@@ -56,7 +56,8 @@ class Fault:
     """What goes wrong, `times` times, where an address (with its query) holds `text` and the method is right.
 
     An error status with its headers, or, where the status is 200, the body: `cut`, the connection ends after so many
-    bytes of it; `wrong`, it is as long as it should be, but other bytes.
+    bytes of it; `held`, after so many bytes of it nothing comes until the client has gone; `wrong`, it is as long as
+    it should be, but other bytes.
     """
 
     text: str
@@ -65,6 +66,7 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
     method: str = ""
     cut: int | None = None
+    held: int | None = None
     wrong: bool = False
 
 
@@ -225,9 +227,12 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.failing
         if fault and fault.wrong:
             body = bytes(byte ^ 1 for byte in body)
-        self.wfile.write(body if not fault or fault.cut is None else body[: fault.cut])
-        if fault and fault.cut is not None:
+        end = None if fault is None else fault.cut if fault.held is None else fault.held
+        self.wfile.write(body[:end])
+        if end is not None:
             self.close_connection = True
+        if fault and fault.held is not None:
+            self.rfile.read(1)  # returns when the client closes the connection, or its process ends
 
     def _answer_json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self._answer(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
