@@ -41,7 +41,7 @@ class Repository:
 
 @dataclass
 class Request:
-    """What a client asked. `path` is without the query, `authorization` and `range` are "" where not given."""
+    """What a client asked. `path` is without the query, what was not given is ""."""
 
     method: str
     path: str
@@ -49,6 +49,7 @@ class Request:
     host: str
     authorization: str
     range: str
+    encoding: str  # that it accepts
 
 
 @dataclass
@@ -182,8 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.address, self.query = parts.path, parse_qs(parts.query)
         self.token = self.headers.get("Authorization", "")
         self.body = self._read_body()
-        asked_range = self.headers.get("Range", "")
-        seen = Request(self.command, self.address, parts.query, self.headers["Host"], self.token, asked_range)
+        about = (self.headers.get(name, "") for name in ("Host", "Authorization", "Range", "Accept-Encoding"))
+        seen = Request(self.command, self.address, parts.query, *about)
         self.hub.requests.append(seen)
         self.failing = self.hub.fault(self.command, self.path)
         try:

@@ -82,7 +82,8 @@ def _listing(repository: str, about: dict[str, str]) -> list[RepoFile]:
 
 def _fetch(repository: str, about: dict[str, str], bar: tqdm, path: str) -> None:
     """Put one file into the cache; what an earlier start began is gone on with. Whether it is right, others check."""
-    url, headers = hf_hub_url(repository, path, **about), build_hf_headers()
+    url = hf_hub_url(repository, path, **about)
+    headers = build_hf_headers(headers={"Accept-Encoding": "identity"})  # a range counts bytes as they lie in the file
     stated = get_hf_file_metadata(url, headers=headers, retry_on_errors=True)
     if stated.etag is None or stated.size is None:
         raise OSError(f"the hub states no hash or no size of {path}")
@@ -101,9 +102,9 @@ def _fetch(repository: str, about: dict[str, str], bar: tqdm, path: str) -> None
             there = file.tell()
             log.info("%s: %d of %d bytes are there", path, there, stated.size)
             bar.total -= there
-            one_bar: Any = lambda **_: bar  # noqa: E731
+            shared: Any = lambda **_: bar  # noqa: E731 the client makes a bar a file; all count in one
             file_download.http_get(
-                url, file, resume_size=there, headers=headers, expected_size=stated.size, tqdm_class=one_bar
+                url, file, resume_size=there, headers=headers, expected_size=stated.size, tqdm_class=shared
             )
         begun.replace(blob)
 

@@ -1,6 +1,7 @@
 """A download of large files ends when it is told to, and the next start goes on where any stop came."""
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -11,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+from hub_server import TOKEN, HubServer
 from hub_sources import MODEL, NAME, WEIGHTS, files_in, pinned, refusal
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
 from download_source import download_source
-from qlora import large_files
+from qlora import large_files, stage
 
 ROOT = Path(__file__).parents[2]
 HASH = hashlib.sha256(WEIGHTS).hexdigest()
@@ -130,6 +131,33 @@ def test_a_wrong_beginning_ends_in_a_fresh_download(tmp_path, hub, weights, blob
     download_source(tmp_path / "out", "models", "mine", weights, MODEL)
     assert ranges(hub) == [""]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_what_is_still_to_come_is_shown_on_a_terminal(tmp_path, hub, weights, blobs, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(stage, "console", Terminal())
+    monkeypatch.setattr(stage, "PROGRESS_SECONDS", 0.0)
+    (blobs / f"{HASH}.incomplete").write_bytes(WEIGHTS[:24_000])
+    download_source(tmp_path / "out", "models", "mine", weights, MODEL)
+    last = stage.console.getvalue().splitlines()[-1]
+    assert last == "  download: 1,000,000 of 1,000,000 bytes, 0 s left"
+
+
+def test_large_files_are_asked_for_as_they_are(tmp_path, hub, weights):
+    """A range of what was compressed on the way is no range of the file."""
+    download_source(tmp_path / "out", "models", "mine", weights, MODEL)
+    assert [seen.encoding for seen in hub.asked("/objects/", method="GET")] == ["identity"]
+
+
+def test_a_token_goes_to_the_hub_alone(tmp_path, hub, weights, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repositories[NAME].private = True
+    download_source(tmp_path / "out", "models", "mine", weights, MODEL)
+    assert {seen.authorization for seen in hub.asked("/resolve/")} == {f"Bearer {TOKEN}"}
+    assert {seen.authorization for seen in hub.asked("/objects/")} == {""}, "files lie on another host"
 
 
 def test_a_beginning_that_is_longer_than_the_file_is_dropped(tmp_path, hub, weights, blobs):
