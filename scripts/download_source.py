@@ -74,14 +74,13 @@ def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) ->
 def _snapshot(kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> Path:
     """The folder of the hub's cache in which the needed files now are; what is there already is not fetched."""
     repository, revision = source["hub"], source["revision"]
-    singular = kind.removesuffix("s")
     log.info("downloading %s at %s", repository, revision)
     try:
         if constants.HF_HUB_DISABLE_XET:
-            fetch_large(repository, singular, revision, patterns, NEVER, _Lines(name=BAR_OF_BYTES))
+            fetch_large(repository, kind, revision, patterns, NEVER, _Lines(name=BAR_OF_BYTES))
         snapshot = snapshot_download(
             repository,
-            repo_type=singular,
+            repo_type=kind.removesuffix("s"),
             revision=revision,
             allow_patterns=patterns,
             ignore_patterns=list(NEVER),

@@ -37,12 +37,12 @@ log = logging.getLogger("qlora")
 def fetch_large(
     repository: str, kind: str, revision: str, patterns: Sequence[str], never: Sequence[str], bar: tqdm
 ) -> None:
-    """Put the large files of a repository, `kind` model or dataset, at a commit into the hub's cache.
+    """Put the large files of a repository, `kind` models or datasets, at a commit into the hub's cache.
 
     `patterns` are globs of the wanted files, `never` of those that are not; `bar` is told of the bytes that come.
     Raises the client's errors. The threads are daemons: an interrupt waits for none of them, whatever it waits for.
     """
-    about = {"revision": revision, "repo_type": kind}
+    about = {"revision": revision, "repo_type": kind.removesuffix("s")}
     large = {file.path: file.size for file in _listing(repository, about) if file.size > LARGE}
     wanted = filter_repo_objects(large, allow_patterns=list(patterns), ignore_patterns=list(never))
     missing = [path for path in wanted if not isinstance(try_to_load_from_cache(repository, path, **about), str)]
