@@ -23,7 +23,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 TOKEN = "hf_tokenThatTheLoopbackHubKnows"
 USER = "owner"
 LFS_ENDINGS = (".safetensors", ".bin", ".pt", ".parquet", ".arrow", ".gguf", ".model", ".gz", ".zst")
-PATIENCE = 20  # seconds until who waits for another is sent away
+PATIENCE = 8  # seconds until who waits for another is sent away; the client would ask again after ten
 KINDS = {"models": "model", "datasets": "dataset"}
 
 
