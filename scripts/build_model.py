@@ -26,6 +26,7 @@ from qlora import corpus
 from qlora.errors import UserError
 from qlora.files import replacing, write_source_record
 from qlora.models import set_threads
+from qlora.pretrained import without_remote_code
 from qlora.pretraining import aim_attention, pretrain, train_tokenizer, windows
 
 VOCABULARY = 1024  # tokens
@@ -106,7 +107,7 @@ def new_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTrain
         **ids,
         **own,
     )
-    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    network = without_remote_code(AutoModelForCausalLM.from_config, config, dtype=torch.float32)
     network.generation_config = GenerationConfig(**ids)
     aim_attention(network)
     return network

@@ -33,6 +33,7 @@ from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl
 from qlora.generation import greedy
 from qlora.models import load_quantized, set_threads
+from qlora.pretrained import without_remote_code
 from qlora.render import Format, load_tokenizer, padding_id, prompt_ids, rows_of, stop_ids, tokenized
 
 SOURCES = Path("results/sources/models")
@@ -113,8 +114,12 @@ def load(options: argparse.Namespace) -> Partner:
         folder = options.run / "merged"
         if not folder.is_dir():
             raise UserError(f"{folder} is not there; make it: snakemake --cores all {folder}")
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, attn_implementation=entry["attention"], device_map={"": device}
+        network: Any = without_remote_code(
+            AutoModelForCausalLM.from_pretrained,
+            folder,
+            dtype=torch.bfloat16,
+            attn_implementation=entry["attention"],
+            device_map={"": device},
         )
     else:
         folder = options.base or SOURCES / run["model"]

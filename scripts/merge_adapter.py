@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from qlora.files import read_json, replacing, sha256_of, write_json
+from qlora.pretrained import model_config
 from qlora.render import load_tokenizer
 from qlora.streamed import Weights, empty_network, mapped_network, merged_weights, tuned_network
 
@@ -89,7 +90,7 @@ def write_shards(weights: Weights, folder: Path, shard_bytes: int) -> None:
 
 def write_settings(model: Path, folder: Path) -> None:
     """Write the base's config, in bfloat16, and its generation config where it has one."""
-    config = AutoConfig.from_pretrained(model)
+    config = model_config(model)
     config.dtype = torch.bfloat16
     config.architectures = [type(empty_network(model, torch.bfloat16)).__name__]
     config.save_pretrained(folder)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import bitsandbytes
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora.conversations import Message, message, placed_system
 from qlora.errors import UserError
 from qlora.files import write_json
 from qlora.loss import add_supervised_loss
 from qlora.models import load_quantized, set_threads
+from qlora.pretrained import model_config
 from qlora.render import IGNORED, Format, Tokens, load_tokenizer, padding_id, rows_of, stop_ids, tokenized
 from qlora.shrunken import shrunken_model
 
@@ -46,6 +47,7 @@ def preflight_model(
     """
     set_threads(1, "cpu")
     name = model.name
+    config = model_config(model).get_text_config()
     tokenizer = load_tokenizer(model)
     for turns in (1, 2):
         check_labels(name, _probe(turns), tokenizer, form)
@@ -54,7 +56,7 @@ def preflight_model(
     check_experts(name, network)
     check_ids(name, tokenizer, stop_ids(tokenizer, form), network)
     layers = [path for path, module in network.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    modules = all_modules(network, AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
+    modules = all_modules(network, config.num_hidden_layers)
     found = {_shown(wanted): targets_found(name, wanted, modules) for wanted in targets}
     difference, control = packing_difference(network), packing_difference(network, positions=False)
     packs = difference < SAME and control > MIXED
@@ -96,8 +98,9 @@ def shrunken_network(model: Path, attention: str) -> PreTrainedModel:
     """The small copy of the model in `model`, in 4 bits on the CPU, as training loads the whole one."""
     name = model.name
     with tempfile.TemporaryDirectory() as scratch:
+        small = shrunken_model(model, Path(scratch))
         try:
-            return load_quantized(shrunken_model(model, Path(scratch)), QUANTIZATION, "cpu", attention).eval()
+            return load_quantized(small, QUANTIZATION, "cpu", attention).eval()
         except UserError as error:
             text = str(error).replace(scratch, "its small copy")
             raise _refused(name, "quantisation", text, f"name another model in models.{name}.source") from error

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qlora.conversations import Message, placed_system
 from qlora.encoding import added_pattern, decode, plain
 from qlora.errors import UserError
 from qlora.files import read_jsonl, replacing, sha256_of_file, write_json
 from qlora.overlong import fitted
+from qlora.pretrained import model_config
 from qlora.render import Format, Segment, Tokens, load_tokenizer, quotes, rows_of, stop_ids, tokenized_batch
 
 SCHEMA = pyarrow.schema(
@@ -108,7 +109,7 @@ def check_limits(model: Path, max_length: int) -> int:
 
     Raises UserError where a row may be longer than what the model can look at; some families name no limit.
     """
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    config = model_config(model).get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and max_length > context:
         raise UserError(

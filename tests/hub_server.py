@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 TOKEN = "hf_tokenThatTheLoopbackHubKnows"
 USER = "owner"
 LFS_ENDINGS = (".safetensors", ".bin", ".pt", ".parquet", ".arrow", ".gguf", ".model", ".gz", ".zst")
+PATIENCE = 8  # seconds until who waits for another is sent away; the client would ask again after ten
 KINDS = {"models": "model", "datasets": "dataset"}
 
 
@@ -90,6 +91,7 @@ class HubServer:
         self.page = page  # entries of a page of a listing
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.meeting: threading.Barrier | None = None  # where those who ask for an object wait for each other
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -349,6 +351,8 @@ class _Handler(BaseHTTPRequestHandler):
                 raise RefusedError(400, "the content is not what its name says")
             self.hub.objects[oid] = self.body
             return self._answer(b"")
+        if self.hub.meeting:
+            self.hub.meeting.wait(PATIENCE)
         return self._answer(self.hub.objects[oid], headers={"ETag": f'"{oid}"'})
 
     def _create(self, wanted: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import Linear4bit
 from transformers import AutoModelForCausalLM
 
+from qlora.pretrained import without_remote_code
+
 
 def lora_config(lora: Mapping[str, Any]) -> LoraConfig:
     """A recipe's `lora` in PEFT's terms. LoftQ begins as plain LoRA: `start_from_rounding` then sets its weights."""
@@ -34,7 +36,7 @@ def start_from_rounding(network: PeftModel, model: Path) -> None:
     One pass of its algorithm 1: the quantised base stays as it is. The unquantised weights are those of the folder
     `model`, held in memory meanwhile. (PEFT's own function wants a GPU, and leaves the scaling out.)
     """
-    exact = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    exact = without_remote_code(AutoModelForCausalLM.from_pretrained, model, dtype="auto")
     for name, layer in network.get_base_model().named_modules():
         if isinstance(layer, Linear4bit):
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

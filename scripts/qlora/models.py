@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.models.falcon import modeling_falcon
 
 from qlora.errors import UserError
+from qlora.pretrained import without_remote_code
 
 log = logging.getLogger("qlora")
 
@@ -31,7 +32,8 @@ def load_quantized(folder: Path, quantization: Mapping[str, Any], device: str, a
     """
     dtype = compute_dtype(quantization["compute_dtype"], device)
     _use_plain_linear_in_falcon()
-    model = AutoModelForCausalLM.from_pretrained(
+    model = without_remote_code(
+        AutoModelForCausalLM.from_pretrained,
         folder,
         dtype=dtype,
         attn_implementation=attention,

@@ -1,14 +1,16 @@
 """A small random copy of a model, made from its config alone, on which a family's behaviour is checked in seconds."""
 
 import copy
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from qlora.errors import UserError
+from qlora.pretrained import model_config, without_remote_code
 
 LAYERS = 2
 HEADS = 2
@@ -63,21 +65,18 @@ def shrunken_model(folder: Path, target: Path) -> Path:
 
     The weights come from a fixed seed. Raises UserError where the config is of no known family or the copy is large.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder}: no config of a family that transformers knows ({_first_line(error)})") from error
+    config = model_config(folder)
     small = shrunken_config(config)
+    network_of = partial(without_remote_code, AutoModelForCausalLM.from_config, dtype=torch.float32)
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(small, dtype=torch.float32).num_parameters()
+        parameters = network_of(small).num_parameters()
     if parameters > MOST_PARAMETERS:
-        raise UserError(f"{folder}: a '{config.model_type}' of {LAYERS} narrow layers still has {parameters:,} weights")
+        raise UserError(
+            f"{folder}: a '{config.model_type}' of {LAYERS} narrow layers still has {parameters:,} weights, too many to"
+            f" look at; name another model in models.{folder.name}.source"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        network = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+        network = network_of(small)
     network.save_pretrained(target)
     return target
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

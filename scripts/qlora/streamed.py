@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from qlora.errors import UserError
 from qlora.files import read_json
 from qlora.models import _use_plain_linear_in_falcon, compute_dtype
+from qlora.pretrained import model_config, without_remote_code
 
 Weights = Iterator[tuple[str, torch.Tensor]]  # by the name that it has in the network
 ADAPTED = "base_model.model."  # stands before the names in an adapter's file
@@ -166,9 +167,11 @@ def filled_network(
 ) -> PreTrainedModel:
     """The network of a folder, with its buffers on the device, and its weights as `changed` gives them."""
     _use_plain_linear_in_falcon()
-    config = AutoConfig.from_pretrained(model)
+    config = model_config(model)
     with torch.device(device), init_empty_weights(include_buffers=False):
-        network = AutoModelForCausalLM.from_config(config, dtype=config.dtype, attn_implementation=attention)
+        network = without_remote_code(
+            AutoModelForCausalLM.from_config, config, dtype=config.dtype, attn_implementation=attention
+        )
     weights = {name: changed(name, weight) for name, weight in named_weights(model, network)}
     network.load_state_dict(weights, strict=False, assign=True)
     network.tie_weights()
@@ -204,7 +207,7 @@ def empty_network(model: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The network of a model's config, whose weights have shapes alone."""
     _use_plain_linear_in_falcon()
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
+        return without_remote_code(AutoModelForCausalLM.from_config, model_config(model), dtype=dtype)
 
 
 def stored_weights(model: Path) -> Weights:

@@ -3,13 +3,10 @@
 import errno
 import hashlib
 import io
-import json
 import os
 import shutil
-import subprocess
-import sys
+import threading
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -21,8 +18,6 @@ from download_source import download_source
 from qlora import stage
 from qlora.files import read_json, sha256_of
 from qlora.pins import needed_files
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_local_folder_is_copied_and_recorded(tmp_path):
@@ -112,6 +107,13 @@ def test_all_files_of_a_dataset_that_names_none_but_no_code_and_no_pickles(tmp_p
     assert files_in(tmp_path / "out") == OF_MODEL | {"data/train-0.parquet", "data/test-0.parquet", "source.json"}
 
 
+def test_files_come_at_the_same_time(tmp_path, hub):
+    hub.meeting = threading.Barrier(2)
+    download_source(tmp_path / "out", "models", "mine", pinned(hub), MODEL)
+    assert len(hub.asked("/objects/")) == 2
+    assert files_in(tmp_path / "out") == OF_MODEL | {"source.json"}
+
+
 def test_a_long_listing_is_read_to_its_end(tmp_path, hub):
     hub.page = 3
     download_source(tmp_path / "out", "models", "mine", pinned(hub), MODEL)
@@ -184,32 +186,3 @@ def test_the_bytes_that_came_are_shown_on_a_terminal(tmp_path, hub, monkeypatch)
     download_source(tmp_path / "out", "models", "mine", pinned(hub, files={"model.safetensors": WEIGHTS}), MODEL)
     last = stage.console.getvalue().splitlines()[-1]
     assert last == "  download: 1,024,000 of 1,024,000 bytes, 0 s left"
-
-
-def test_the_variables_of_the_hub_are_honoured_and_the_token_is_seen_nowhere(tmp_path, hub):
-    source = pinned(hub, private=True)
-    (tmp_path / "token").write_text(TOKEN)
-    given = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_XET"}  # the stage sets it
-    environment = {**given, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    values: dict[str, Any] = {"folder": "out", "kind": "models", "name": "mine", "source": source, "patterns": MODEL}
-    options = [
-        part
-        for name, value in values.items()
-        for part in (f"--{name}", json.dumps(value) if name in ("source", "patterns") else value)
-    ]
-    command = [sys.executable, str(ROOT / "scripts/download_source.py"), *options]
-    for place in ({"HF_TOKEN": "hf_wrong"}, {"HF_TOKEN_PATH": str(tmp_path / "token")}):
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env={**environment, **place},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert (done.returncode == 0) == ("HF_TOKEN_PATH" in place), done.stdout
-        assert TOKEN not in done.stdout
-        assert "hf_wrong" not in done.stdout
-        assert "HTTP Request" not in done.stdout, "addresses of gated files open them"
-    assert files_in(tmp_path / "out") == OF_MODEL | {"source.json"}
-    assert list((tmp_path / "home/hub").rglob(hashlib.sha256(WEIGHTS).hexdigest()))

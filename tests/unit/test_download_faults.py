@@ -148,15 +148,21 @@ def test_a_hub_that_asks_to_wait_is_given_the_time(tmp_path, hub, waits):
 FAILING = {
     "too many requests": (429, "the hub asks for fewer requests (429); start again in some minutes, to go on"),
     "trouble": (503, "the hub has trouble (503); start again later, to go on"),
+    "a token without the right": (
+        403,
+        "the hub refuses the token (403), which HF_TOKEN or `hf auth login` gave;"
+        " make one that may read it at {hub}/settings/tokens",
+    ),
 }
 
 
 @pytest.mark.parametrize("text", ["/tree/", "/resolve/"])
 @pytest.mark.parametrize(("status", "message"), FAILING.values(), ids=FAILING.keys())
-def test_a_hub_that_keeps_failing_is_told(tmp_path, hub, status, message, text):
+def test_a_hub_that_keeps_failing_is_told(tmp_path, hub, monkeypatch, status, message, text):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     source = pinned(hub)
     hub.fail(text, status=status, times=1000)
-    assert refusal(tmp_path, "models", source) == f"models.mine: {NAME}: {message}"
+    assert refusal(tmp_path, "models", source) == f"models.mine: {NAME}: {message.format(hub=hub.url)}"
 
 
 def test_a_hub_that_fails_once_is_asked_again(tmp_path, hub):

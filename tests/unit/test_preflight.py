@@ -1,5 +1,7 @@
 """The preflight: what it finds of a family, and that each fault is one line that names model, check and change."""
 
+import ast
+import io
 import json
 import re
 import shutil
@@ -10,18 +12,30 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hub_server import HubServer
 from tiny_models import FAMILIES, make_base
 from tokenizers_for_tests import real_tokenizer_folder
 
 import preflight_model as stage
 from qlora.errors import UserError
-from qlora.files import read_json
+from qlora.files import read_json, write_json
 from qlora.models import load_quantized
 from qlora.render import IGNORED, Tokens, tokenized
 from qlora.shrunken import shrunken_config, shrunken_model
 from qlora.templates import Segment
 
 torch.set_num_threads(1)
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+# Which file names code on the hub, of a family that transformers knows for images alone or not at all.
+NEEDING_CODE = {
+    "config": ("config.json", "unheard-of", {"auto_map": {"AutoConfig": "owner/code--own.It"}}),
+    "tokenizer": (
+        "tokenizer_config.json",
+        "vit",
+        {"tokenizer_class": "It", "auto_map": {"AutoTokenizer": [None, "owner/code--own.It"]}},
+    ),
+    "network": ("config.json", "vit", {"auto_map": {"AutoModelForCausalLM": "owner/code--own.It"}}),
+}
 
 
 def preflight(folder: Path, family: str = "llama", **changed: Any) -> dict[str, Any]:
@@ -39,6 +53,11 @@ def preflight(folder: Path, family: str = "llama", **changed: Any) -> dict[str, 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return make_base(tmp_path / "base")
+
+
+def change_json(path: Path, **changed: Any) -> None:
+    """Write keys of a JSON file anew."""
+    write_json(path, {**read_json(path), **changed})
 
 
 def with_template(folder: Path, template: str) -> Path:
@@ -248,8 +267,48 @@ def test_a_family_of_which_nothing_is_quantised_is_refused(base: Path, monkeypat
 
 def test_an_unknown_family_is_refused(base: Path) -> None:
     (base / "config.json").write_text('{"model_type": "unheard-of"}')
-    with pytest.raises(UserError, match=r"^models\.base: .*no config of a family that transformers knows.*unheard-of"):
+    wanted = r"base: no config of a family that transformers knows \(.*unheard-of.*\); name another model in models\.base\.source$"
+    with pytest.raises(UserError, match=wanted):
         preflight(base)
+
+
+@pytest.mark.parametrize(("file", "family", "changed"), NEEDING_CODE.values(), ids=NEEDING_CODE.keys())
+def test_code_that_comes_with_a_model_is_neither_asked_about_nor_fetched(
+    base: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, file: str, family: str, changed: dict[str, Any]
+) -> None:
+    hub.add("owner/code", {"own.py": b"raise SystemExit('this ran')"})
+    change_json(base / "config.json", model_type=family)
+    change_json(base / file, **changed)
+    answers = io.StringIO("y\ny\n")
+    monkeypatch.setattr("sys.stdin", answers)
+    with pytest.raises(UserError) as caught:
+        preflight(base)
+    assert str(caught.value) == (
+        f"{base}: its architecture needs code from the hub, which this workflow never runs;"
+        " name a model of a family that transformers knows in models.base.source"
+    )
+    assert answers.tell() == 0, "asked on the terminal"
+    assert not hub.requests
+
+
+def test_a_family_that_transformers_knows_needs_no_code_that_its_files_name(base: Path, hub: HubServer) -> None:
+    change_json(
+        base / "config.json", auto_map=dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "owner/code--own.It")
+    )
+    change_json(base / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "owner/code--own.It"]})
+    assert preflight(base)["class"] == "LlamaForCausalLM"
+    assert not hub.requests
+
+
+def test_everything_is_loaded_without_remote_code() -> None:
+    direct = [
+        f"{path.name}:{node.lineno}"
+        for path in SCRIPTS.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and re.match(r"Auto(Config|Tokenizer|Model\w*)\.from_\w+$", ast.unparse(node.func))
+    ]
+    assert not direct, "these calls go past qlora.pretrained.without_remote_code"
 
 
 @pytest.mark.parametrize(

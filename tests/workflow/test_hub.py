@@ -6,13 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
 from hub_server import TOKEN, HubServer
+from psutil import NoSuchProcess, Process
 from tiny_models import make_base
 from workspaces import ROOT, Workspace
 
@@ -82,6 +86,27 @@ def pin(workspace: Workspace, name: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@contextmanager
+def command_lines() -> Iterator[set[str]]:
+    """The command lines, as a process list shows them, of all that runs below this process meanwhile."""
+    seen: set[str] = set()
+    over = Event()
+
+    def look() -> None:
+        while not over.wait(0.05):
+            for process in Process().children(recursive=True):
+                with suppress(NoSuchProcess):
+                    seen.add(" ".join(process.cmdline()))
+
+    looking = Thread(target=look)
+    looking.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        looking.join()
+
+
 @pytest.mark.slow
 def test_runs_whole_from_the_hub(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "tools", workspace.folder / "tools")
@@ -105,7 +130,16 @@ def test_runs_whole_from_the_hub(workspace: Workspace, tmp_path: Path, monkeypat
         assert f"owner/mistral is gated: accept its terms at {hub.url}/owner/mistral, then set HF_TOKEN" in refused
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         hub.accepted[TOKEN].add("owner/mistral")
-        whole = workspace.snakemake("--cores", "2", configs=(OVERLAY,)).stdout
+        with command_lines() as seen_lines:  # what docs/hub.md says for nodes without a network
+            fetching = ("--cores", "2", "--until", "download_model", "download_dataset")
+            first = workspace.snakemake(*fetching, configs=(OVERLAY,)).stdout
+            asked = len(hub.requests)
+            monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+            whole = first + workspace.snakemake("--cores", "2", configs=(OVERLAY,)).stdout
+        assert len(hub.requests) == asked, "offline, the hub was asked"
+        for script in ("download_source.py", "train_run.py"):
+            assert any(script in line for line in seen_lines), "no look was taken while it ran"
+        assert not [line for line in seen_lines if TOKEN in line]
 
         fetched = {seen.query.removeprefix("name=") for seen in hub.asked("/objects/")}
         assert "pytorch_model.bin" not in fetched
