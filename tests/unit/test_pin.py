@@ -239,10 +239,9 @@ def test_the_command_takes_several_names_and_says_so(root, monkeypatch, capsys):
 
 
 def test_make_hands_each_name_over(tmp_path):
-    shown = subprocess.run(
-        ["make", "-n", "-o", "venv", "-f", ROOT / "Makefile", "pin", "NAME=law-stack-exchange law-topics"],
-        **{"cwd": tmp_path, "check": True, "text": True, "capture_output": True},
-    ).stdout
+    command = [*"make --no-print-directory -n -o venv pin -f".split(), ROOT / "Makefile"]
+    names = "NAME=law-stack-exchange law-topics"
+    shown = subprocess.run([*command, names], cwd=tmp_path, check=True, text=True, capture_output=True).stdout
     assert shown == ".venv/bin/python tools/pin.py 'law-stack-exchange' 'law-topics'\n"
 
 
