@@ -17,8 +17,8 @@ demo: venv ## run the embedded default and say where its report is (CORES=all)
 	@$(BIN)/snakemake --cores $(CORES) --quiet host reason
 	@echo "Report: results/report/index.html"
 
-pin: venv ## find the commits of the sources on the hub, for config/sources.lock.yaml (NAME=gsm8k: of one alone)
-	@$(BIN)/python tools/pin.py $(if $(NAME),'$(NAME)')
+pin: venv ## find the commits of the sources on the hub, for config/sources.lock.yaml (NAME="gsm8k phi-2": of these)
+	@$(BIN)/python tools/pin.py $(foreach name,$(NAME),'$(name)')
 
 record: venv ## put the results as they are into DVC's cache and dvc.lock
 	@$(BIN)/python tools/record.py

@@ -34,7 +34,7 @@ def export_run(
     """
     if not to:
         raise UserError("export: say where to with --config to=FOLDER")
-    subject = subject_of(record, metrics, base, sources, form, command)
+    subject = subject_of(record, metrics, model, base, sources, form, command)
     target = Path(to).expanduser().absolute() / subject.run["name"]
     check_replaceable(target)
     files = bundle(adapter, model, subject, str(target))
@@ -43,6 +43,7 @@ def export_run(
         files |= {f"merged/{name}": content for name, content in inner.items()}
     for line in objections(sources):
         log.warning("licence: %s", line)
+        console.write(f"export: licence: {line}\n")
     try:
         with replacing(target) as folder:
             copy(files, folder)

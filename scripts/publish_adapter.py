@@ -44,7 +44,7 @@ def publish_adapter(
     """
     if not repository:
         raise UserError("publish: say where to with --config publish_to=owner/name")
-    subject = subject_of(record, metrics, base, sources, form, command)
+    subject = subject_of(record, metrics, model, base, sources, form, command)
     files = bundle(weights, model, subject, repository)
     for line in objections(sources):
         log.warning("licence: %s", line)

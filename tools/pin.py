@@ -1,11 +1,14 @@
-"""Find the commit and the files of each source on the hub, for config/sources.lock.yaml. `make pin`, `make pin NAME=X`.
+"""Find the commit and the files of each source on the hub, for config/sources.lock.yaml.
 
-A source whose `revision` is a branch or a tag, or that names none (then main), takes its commit from there.
+A source whose `revision` is a branch or a tag, or that names none (then main), takes its commit from there. A name that
+no source has is refused before anything is asked. A source that the hub refuses keeps what the lock holds of it, the
+others are written, and the exit status is 1. As make: `make pin`, `make pin NAME=x`, `make pin NAME="x y"`.
 """
 
+import argparse
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,8 @@ HEADER = """\
 Items = dict[str, dict[str, Mapping[str, Any]]]
 
 
-def pin(root: Path, wanted: str) -> tuple[str, bool]:
-    """Pin the sources of the configuration below `root`, or the one that is `wanted`.
+def pin(root: Path, wanted: Sequence[str]) -> tuple[str, bool]:
+    """Pin the sources of the configuration below `root`, or those of the names that are `wanted`.
 
     Returns the line that says what was done, and whether every source could be pinned; one that could not keeps what
     the lock held of it. Raises UserError where nothing can be done.
@@ -81,15 +84,15 @@ def hub_items(root: Path) -> Items:
     return items
 
 
-def chosen(items: Items, wanted: str) -> list[tuple[str, str]]:
-    """Kind and name of the sources to pin: all, or those of the wanted name. Raises UserError where there are none."""
+def chosen(items: Items, wanted: Sequence[str]) -> list[tuple[str, str]]:
+    """Kind and name of the sources to pin: all where no name is wanted. Raises UserError at a name that none has."""
     everything = [(kind, name) for kind in KINDS for name in items[kind]]
-    found = [(kind, name) for kind, name in everything if wanted in ("", name)]
-    if not found:
-        near = difflib.get_close_matches(wanted, [name for _, name in everything], n=1)
+    names = [name for _, name in everything]
+    for name in [name for name in wanted if name not in names]:
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "config/models.yaml and config/datasets.yaml have the names"
-        raise UserError(f"no source on the hub is called '{wanted}'; {hint}")
-    return found
+        raise UserError(f"no source on the hub is called '{name}'; {hint}")
+    return [(kind, name) for kind, name in everything if not wanted or name in wanted]
 
 
 def entry(kind: str, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,8 +138,11 @@ def entry(kind: str, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Pin, and print in one line what was done or why not; returns the exit status."""
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="tools/pin.py", description=summary, epilog=rest)
+    parser.add_argument("name", nargs="*", help="model or dataset of the configuration (default: all from the hub)")
     try:
-        line, whole = pin(ROOT, arguments[0] if arguments else "")
+        line, whole = pin(ROOT, parser.parse_args(arguments).name)
     except (UserError, OSError) as error:
         print(f"pin: error: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,10 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
+FALCON = (  # as models.load_quantized does
+    *("from transformers.models.falcon import modeling_falcon", ""),
+    "modeling_falcon.FalconLinear = torch.nn.Linear  # else no layer is put into 4 bits",
+)
 Files = dict[str, Path | bytes]  # name → the file that is there, or what is written into it
 
 
@@ -24,6 +28,7 @@ class Subject:
     run: Mapping[str, Any]  # run.json
     metrics: Sequence[Record]  # of this run alone
     base: str  # what the base is called on the hub, or its folder here
+    family: str  # model_type of the base's config
     sources: Sequence[Source]  # of the base and of the datasets
     form: Mapping[str, str] | None  # the named prompt format, None where the tokenizer's chat template renders
     command: str  # that trains it
@@ -42,15 +47,17 @@ class Subject:
 def subject_of(
     record: Path,
     metrics: Path,
+    model: Path,
     base: str,
     sources: Sequence[Source],
     form: Mapping[str, str] | None,
     command: str,
 ) -> Subject:
-    """A run from its record and the joint table of metrics."""
+    """A run from its record, the joint table of metrics, and the folder of its base."""
     run = read_json(record)
     rows = [row for row in read_table(metrics) if row["run"] == run["name"]]
-    return Subject(run, rows, base, sources, form, command)
+    family = read_json(model / "config.json")["model_type"]
+    return Subject(run, rows, base, family, sources, form, command)
 
 
 def bundle(weights: Path, model: Path, subject: Subject, address: str) -> Files:
@@ -59,9 +66,9 @@ def bundle(weights: Path, model: Path, subject: Subject, address: str) -> Files:
     `model` is the base's folder, whose tokenizer goes along with an adapter.
     """
     found: Files = {file.relative_to(weights).as_posix(): file for file in files_below(weights)}
-    merged = "adapter_config.json" not in found
-    made: Files = {"README.md": card(subject, address, merged).encode(), "run.json": _json(subject.run)}
-    if merged:
+    drift = None if "adapter_config.json" in found else read_json(weights / "merge.json")["drift"]
+    made: Files = {"README.md": card(subject, address, drift).encode(), "run.json": _json(subject.run)}
+    if drift:
         return {**found, **made}
     pointing = {"base_model_name_or_path": subject.base, "revision": subject.revision}
     made["adapter_config.json"] = _json({**read_json(weights / "adapter_config.json"), **pointing})
@@ -78,11 +85,15 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def card(subject: Subject, address: str, merged: bool) -> str:
-    """The model card: base, data with licences, recipe, results with intervals, how to load, how to reproduce."""
+def card(subject: Subject, address: str, drift: Mapping[str, Any] | None) -> str:
+    """The model card: base, data with licences, recipe, results with intervals, how to load, how to reproduce.
+
+    `drift` is what merge.json says of a merged model's logits, None where the card is an adapter's.
+    """
+    merged = drift is not None
     parts = [
         *(_metadata(subject, merged), _summary(subject, merged), _sources(subject), _recipe(subject)),
-        *(_results(subject), _loading(subject, address, merged), _reproducing(subject)),
+        *(_results(subject, drift), _loading(subject, address, merged), _reproducing(subject)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -134,7 +145,7 @@ def _recipe(subject: Subject) -> str:
     )
 
 
-def _results(subject: Subject) -> str:
+def _results(subject: Subject, drift: Mapping[str, Any] | None) -> str:
     rows = [
         f"| {row['dataset']} | {row['slice']} | {row['metric']} | {float(row['value']):.3f}"
         f" | {float(row['ci_low']):.3f} to {float(row['ci_high']):.3f} | {row['n']} |"
@@ -142,6 +153,12 @@ def _results(subject: Subject) -> str:
     ]
     head = "| test set | slice | metric | value | interval | n |\n|---|---|---|---|---|---|"
     note = "Held-out rows, greedy answers; intervals by bootstrap over the rows."
+    if drift:
+        note += (
+            "\nScored was the base in 4 bits with the adapter, not this merged model: on a text of"
+            f" {drift['tokens']} tokens their logits differ by {drift['rms']:.1%} (root mean square, of that of the"
+            f" logits), and {drift['same next token']:.1%} of the most likely next tokens are the same."
+        )
     return "\n".join(["## Results\n", f"{note}\n", head, *rows])
 
 
@@ -159,16 +176,31 @@ def _loading(subject: Subject, address: str, merged: bool) -> str:
         pin = f', revision="{subject.revision}"' if subject.revision else ""
         quantization = subject.run["settings"]["quantization"]
         load = [
-            *("from peft import PeftModel", load[0].replace("AutoTokenizer", "AutoTokenizer, BitsAndBytesConfig"), ""),
+            *("import torch", "from peft import PeftModel"),
+            load[0].replace("AutoTokenizer", "AutoTokenizer, BitsAndBytesConfig"),
+            *(FALCON if subject.family == "falcon" else [""]),
+            f"dtype = {_dtype(subject.run)}",
             "in_4_bits = BitsAndBytesConfig(",
             f'    load_in_4bit=True, bnb_4bit_quant_type="{quantization["type"]}",',
-            f'    bnb_4bit_use_double_quant={quantization["double"]}, bnb_4bit_compute_dtype="bfloat16",',
+            f"    bnb_4bit_use_double_quant={quantization['double']}, bnb_4bit_compute_dtype=dtype,",
             ")",
             load[2],
-            f'base = AutoModelForCausalLM.from_pretrained("{subject.base}"{pin}, quantization_config=in_4_bits)',
+            "base = AutoModelForCausalLM.from_pretrained(",
+            f'    "{subject.base}"{pin}, dtype=dtype, quantization_config=in_4_bits',
+            ")",
             f'model = PeftModel.from_pretrained(base, "{address}")',
         ]
     return "\n".join(["## Load\n", "```python", *load, "```", "", rendered])
+
+
+def _dtype(run: Mapping[str, Any]) -> str:
+    """What a run computed in, as code; `auto` on a GPU by the rule that the run went by (models.compute_dtype)."""
+    wanted = run["settings"]["quantization"]["compute_dtype"]
+    if wanted != "auto":
+        return f"torch.{wanted}"
+    if run["hardware"]["device"] == "cpu":
+        return "torch.float32"
+    return "torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16"
 
 
 def _reproducing(subject: Subject) -> str:

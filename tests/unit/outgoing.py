@@ -32,10 +32,14 @@ SOURCES = [
 ]
 RUN = {
     **{"name": "llama", "model": "base", "mixture": "all", "recipe": "tiny", "seed": 1, "steps": 900},
-    **{"tokens": 90000, "supervised tokens": 5000, "commit": "c" * 40, "hardware": {"cpu": "a processor"}},
+    **{"tokens": 90000, "supervised tokens": 5000, "commit": "c" * 40},
+    "hardware": {"device": "cpu", "cpu": "a processor"},
     "pins": {"model": {"source": {"hub": "owner/base", "revision": "a" * 40}}},
     "settings": {**SETTINGS, "batch_size": 8, "accumulation": 2, "schedule": "cosine"},
 }
+
+DRIFT = {"largest": 0.122, "rms": 0.0171, "same next token": 0.984, "tokens": 122}  # of merge.json
+FORBIDDEN = {**SOURCES[1], "name": "mine", "address": "data/mine.csv", "hub": "", "publishing": "forbidden"}
 
 
 def metrics_row(**values: Any) -> dict[str, Any]:
@@ -60,13 +64,14 @@ def make_run(folder: Path) -> Path:
         )
     write_json(folder / "run.json", RUN)
     write_json(folder / "adapter/adapter_config.json", {"base_model_name_or_path": "results/sources/models/base"})
+    write_json(folder / "merged/merge.json", {"drift": DRIFT})
     contents = {
         "adapter/adapter_model.safetensors": b"weights",
         "merged/model.safetensors": b"all weights",
         "merged/config.json": b"{}",
         "merged/tokenizer.json": b"{}",
         f"{MODEL}/model.safetensors": b"base",
-        f"{MODEL}/config.json": b"{}",
+        f"{MODEL}/config.json": b'{"model_type": "llama"}',
         f"{MODEL}/tokenizer.json": b"{}",
         f"{MODEL}/tokenizer_config.json": b"{}",
         f"{MODEL}/chat_template.jinja": b"{{ messages }}",

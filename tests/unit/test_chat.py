@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from merge_adapter import merge_adapter
 from predict_rows import predict_rows
 from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl, write_json
+from qlora.generation import greedy
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = ("--max-new-tokens", "12")
@@ -110,6 +112,46 @@ def test_a_prompt_is_answered_and_nothing_else_is_printed(folder: Path, chat: Ca
     answer, base = generated(folder, "tuned")[0], generated(folder, "base")[0]
     assert chat(*arguments).strip() == answer.strip()
     assert chat(*arguments, "--compare").strip() == f"base:  {base}\ntuned: {answer}".strip()
+
+
+class Terminal(io.StringIO):
+    """A terminal that notes how many tokens were found when each piece of text arrived."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+        self.pieces: list[tuple[int, str]] = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append((self.found, text))
+        return super().write(text)
+
+
+def test_an_answer_is_written_while_it_grows(
+    folder: Path, chat: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+
+    def watched(network: Any, *job: Any) -> list[list[int]]:
+        def count(*_: object) -> None:
+            terminal.found += 1
+
+        hook = network.get_base_model().register_forward_hook(count)
+        terminal.found = 0
+        written = greedy(network, *job)
+        hook.remove()
+        terminal.found = 0
+        return written
+
+    monkeypatch.setattr("chat.greedy", watched)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    answers = generated(folder, "base")  # of more words than those of the run
+    longest = max(range(len(answers)), key=lambda row: len(answers[row].split()))
+    chat("results/runs/facts", "--prompt", asked(folder)[longest], "--compare", *LIMIT)
+    pieces = terminal.pieces[: terminal.pieces.index((0, "tuned: "))]
+    while_it_grew = [(found, text) for found, text in pieces if found]
+    assert len({found for found, text in while_it_grew if text.strip()}) > 1, pieces
+    assert "".join(text for _, text in while_it_grew).strip() == answers[longest].strip()
 
 
 def test_a_file_of_lines_and_one_of_objects_are_answered_alike(folder: Path, chat: Callable[..., str]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outgoing import MODEL, SOURCES, make_run
+from outgoing import FORBIDDEN, MODEL, SOURCES, make_run
 
 import export_run as stage
 from export_run import export_run
@@ -44,8 +44,20 @@ def test_adapter_tokenizer_card_and_record_are_copied(run, tmp_path):
 def test_the_merged_model_goes_into_a_folder_of_its_own(run, tmp_path):
     export_run(**run, merged=run["record"].parent / "merged")
     inner = tmp_path / "to/llama/merged"
-    assert names(inner) == ["README.md", "config.json", "model.safetensors", "run.json", "tokenizer.json"]
+    assert names(inner) == [
+        *("README.md", "config.json", "merge.json", "model.safetensors", "run.json", "tokenizer.json")
+    ]
     assert f'from_pretrained("{inner}", dtype="auto")' in (inner / "README.md").read_text()
+
+
+def test_a_licence_that_forbids_publishing_is_told_on_the_console_and_on_the_card(run, tmp_path, monkeypatch):
+    shown: list[str] = []
+    monkeypatch.setattr(stage, "console", type("Console", (), {"write": staticmethod(shown.append)}))
+    export_run(**{**run, "sources": [*SOURCES, FORBIDDEN]})
+    told = "dataset mine (not stated) forbids publishing what is made of it"
+    assert f"export: licence: {told}\n" in shown
+    assert shown[-1] == f"export: {tmp_path}/to/llama\n"
+    assert f"**Licence:** {told}." in (tmp_path / "to/llama/README.md").read_text()
 
 
 def test_an_earlier_export_is_replaced_whole(run, tmp_path):

@@ -1,6 +1,7 @@
 """`make pin` finds the commits of the sources on the hub, and the configuration takes them from the lock."""
 
 import hashlib
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora.config import checked_config
 from qlora.errors import UserError
 from qlora.pins import lock_entry, needed_files, read_lock
 
+ROOT = Path(__file__).parents[2]
 WEIGHTS = b"weights"
 FILES = {"config.json": b"{}", "model.safetensors": WEIGHTS, "pytorch_model.bin": b"pickled", ".gitattributes": b""}
 ROWS = {"data/train-0.parquet": b"rows", "data/other.parquet": b"others", "README.md": b""}
@@ -51,7 +53,7 @@ def write(path: Path, **content: Any) -> None:
 
 
 def test_branches_tags_and_commits_become_entries_with_files_and_licence(root, hub):
-    line, whole = pin(root, "")
+    line, whole = pin(root, [])
     assert whole
     assert line == (
         "Pinned 4 of 4 sources in config/sources.lock.yaml, new or moved: newest, pinned, tagged, rows;"
@@ -78,9 +80,9 @@ def test_branches_tags_and_commits_become_entries_with_files_and_licence(root, h
 
 
 def test_the_same_answers_give_the_same_bytes(root):
-    pin(root, "")
+    pin(root, [])
     first = (root / LOCK).read_bytes()
-    line, _ = pin(root, "")
+    line, _ = pin(root, [])
     assert (root / LOCK).read_bytes() == first
     assert "new or moved: none; next:" in line
     lock = yaml.safe_load(first)
@@ -89,11 +91,11 @@ def test_the_same_answers_give_the_same_bytes(root):
 
 
 def test_one_name_leaves_the_others_and_asks_nothing_of_them(root, hub):
-    pin(root, "")
+    pin(root, [])
     before = yaml.safe_load((root / LOCK).read_text())
     newest = hub.add("owner/small", {**FILES, "config.json": b"newest"})
     hub.requests.clear()
-    line, whole = pin(root, "newest")
+    line, whole = pin(root, ["newest"])
     after = yaml.safe_load((root / LOCK).read_text())
     assert whole
     assert line.startswith("Pinned 1 of 1 sources in config/sources.lock.yaml, new or moved: newest;")
@@ -103,21 +105,51 @@ def test_one_name_leaves_the_others_and_asks_nothing_of_them(root, hub):
     assert not hub.asked("owner/rows")
 
 
+def test_several_names_are_pinned_at_once_and_nothing_is_asked_of_the_others(root, hub):
+    line, whole = pin(root, ["rows", "tagged"])
+    assert whole
+    assert line.startswith("Pinned 2 of 2 sources in config/sources.lock.yaml, new or moved: tagged, rows; next: git")
+    lock = yaml.safe_load((root / LOCK).read_text())
+    assert {kind: list(entries) for kind, entries in lock.items()} == {"datasets": ["rows"], "models": ["tagged"]}
+    assert not hub.asked("/revision/main")
+
+
+def test_of_several_names_the_unknown_one_is_refused_before_anything_is_asked(root, hub):
+    with pytest.raises(UserError, match=r"^no source on the hub is called 'taged'; did you mean 'tagged'"):
+        pin(root, ["rows", "taged"])
+    assert not hub.requests
+    assert not (root / LOCK).exists()
+
+
+def test_of_several_names_the_one_that_cannot_be_asked_is_named_and_keeps_what_was_known(root, hub, capsys):
+    pin(root, [])
+    before = yaml.safe_load((root / LOCK).read_text())
+    newest = hub.add("owner/small", {**FILES, "config.json": b"newest"})
+    hub.repositories["owner/rows"].private = True
+    line, whole = pin(root, ["rows", "newest"])
+    assert not whole
+    assert line.startswith("Pinned 1 of 2 sources in config/sources.lock.yaml, new or moved: newest; next: mend what")
+    assert capsys.readouterr().err.startswith("pin: datasets.rows: owner/rows is not on the hub, or private")
+    after = yaml.safe_load((root / LOCK).read_text())
+    assert after["datasets"] == before["datasets"]
+    assert after["models"]["newest"]["commit"] == newest
+
+
 def test_what_the_configuration_no_longer_has_goes_when_all_are_pinned(root):
-    pin(root, "")
+    pin(root, [])
     (root / "config/experiments/mine.yaml").unlink()
-    pin(root, "newest")
+    pin(root, ["newest"])
     assert "rows" in yaml.safe_load((root / LOCK).read_text())["datasets"]
-    pin(root, "")
+    pin(root, [])
     assert yaml.safe_load((root / LOCK).read_text())["datasets"] == {}
 
 
 def test_what_cannot_be_asked_is_named_and_keeps_what_was_known(root, hub, capsys):
-    pin(root, "")
+    pin(root, [])
     before = yaml.safe_load((root / LOCK).read_text())
     newest = hub.add("owner/small", {**FILES, "config.json": b"newest"})
     hub.repositories["owner/rows"].private = True
-    line, whole = pin(root, "")
+    line, whole = pin(root, [])
     assert not whole
     assert line.startswith("Pinned 3 of 4 sources in config/sources.lock.yaml, new or moved: newest; next: mend what")
     assert "pin: datasets.rows: owner/rows is not on the hub, or private; mend the name" in capsys.readouterr().err
@@ -128,7 +160,7 @@ def test_what_cannot_be_asked_is_named_and_keeps_what_was_known(root, hub, capsy
 
 def test_a_gated_source_needs_a_token(root, hub, capsys):
     hub.fail("/api/models/owner/small/revision/v1", status=401, headers={"X-Error-Code": "GatedRepo"})
-    _, whole = pin(root, "tagged")
+    _, whole = pin(root, ["tagged"])
     assert not whole
     assert (
         f"pin: models.tagged: owner/small is gated: accept its terms at {hub.url}/owner/small, then set HF_TOKEN"
@@ -138,14 +170,14 @@ def test_a_gated_source_needs_a_token(root, hub, capsys):
 
 def test_a_revision_that_is_not_there_is_named(root, capsys):
     write(root / "config/models.yaml", models={"mine": {"source": {"hub": "owner/small", "revision": "v9"}}})
-    _, whole = pin(root, "mine")
+    _, whole = pin(root, ["mine"])
     assert not whole
     assert "pin: models.mine: owner/small has no revision v9; pin one that it has" in capsys.readouterr().err
 
 
 def test_a_renamed_source_is_pinned_and_its_new_name_told(root, hub, capsys):
     hub.rename("owner/small", "owner/large")
-    _, whole = pin(root, "newest")
+    _, whole = pin(root, ["newest"])
     assert whole
     assert "the hub now calls owner/small owner/large; write that into its source" in capsys.readouterr().out
 
@@ -153,7 +185,7 @@ def test_a_renamed_source_is_pinned_and_its_new_name_told(root, hub, capsys):
 def test_globs_that_match_nothing_are_told(root, capsys):
     source = {"hub": "owner/rows", "revision": "refs/convert/parquet"}
     write(root / "config/datasets.yaml", datasets={"none": {"source": source, "files": {"train": "*.csv"}}})
-    pin(root, "none")
+    pin(root, ["none"])
     told = "datasets.none: owner/rows at refs/convert/parquet has no file like *.csv; mend the source or 'files'"
     assert told in capsys.readouterr().err
 
@@ -161,21 +193,21 @@ def test_globs_that_match_nothing_are_told(root, capsys):
 def test_a_private_source_is_pinned_with_a_token_that_is_not_written(root, hub, monkeypatch):
     hub.repositories["owner/rows"].private = True
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    _, whole = pin(root, "rows")
+    _, whole = pin(root, ["rows"])
     assert whole
     assert TOKEN not in (root / LOCK).read_text()
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(root):
     with pytest.raises(UserError, match="no source on the hub is called 'taged'; did you mean 'tagged'"):
-        pin(root, "taged")
+        pin(root, ["taged"])
     assert not (root / LOCK).exists()
 
 
 def test_offline_nothing_is_done(root, hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        pin(root, "")
+        pin(root, [])
     assert not hub.requests
 
 
@@ -196,10 +228,27 @@ def test_the_command_ends_with_the_line_or_the_error(root, hub, monkeypatch, cap
     assert capsys.readouterr().out.startswith("Pinned 0 of 1 sources")
 
 
+def test_the_command_takes_several_names_and_says_so(root, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "ROOT", root)
+    assert tool.main(["tagged", "rows"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Pinned 2 of 2 sources")
+    with pytest.raises(SystemExit) as ended:
+        tool.main(["--help"])
+    assert ended.value.code == 0
+    assert 'make pin NAME="x y"' in capsys.readouterr().out
+
+
+def test_make_hands_each_name_over(tmp_path):
+    command = [*"make --no-print-directory -n -o venv pin -f".split(), ROOT / "Makefile"]
+    names = "NAME=law-stack-exchange law-topics"
+    shown = subprocess.run([*command, names], cwd=tmp_path, check=True, text=True, capture_output=True).stdout
+    assert shown == ".venv/bin/python tools/pin.py 'law-stack-exchange' 'law-topics'\n"
+
+
 def test_the_registries_sources_can_be_named():
-    items = hub_items(Path(__file__).parents[2])
-    assert ("models", "qwen2.5-7b") in chosen(items, "qwen2.5-7b")
-    assert ("datasets", "law-stack-exchange") in chosen(items, "law-stack-exchange")
+    items = hub_items(ROOT)
+    assert ("models", "qwen2.5-7b") in chosen(items, ["qwen2.5-7b"])
+    assert ("datasets", "law-stack-exchange") in chosen(items, ["law-stack-exchange"])
 
 
 COMMIT, OTHER = "a" * 40, "b" * 40

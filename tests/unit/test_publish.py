@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hub_server import TOKEN, USER, HubServer
 from huggingface_hub import constants
-from outgoing import MODEL, SOURCES, make_run
+from outgoing import FORBIDDEN, MODEL, SOURCES, make_run
 
 import publish_adapter as stage
 from publish_adapter import publish_adapter
@@ -43,6 +43,14 @@ def run(tmp_path: Path) -> dict[str, Any]:
         **{"metrics": folder / "metrics.csv", "receipt": folder / "published.json", "base": "owner/base"},
         **{"sources": SOURCES, "form": None, "command": "snakemake", "private": True, "dry_run": False},
     }
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is written to the console."""
+    pieces: list[str] = []
+    monkeypatch.setattr(stage, "console", type("Console", (), {"write": staticmethod(pieces.append)}))
+    return pieces
 
 
 def refused(run: dict[str, Any], repository: str = NAME) -> str:
@@ -97,9 +105,7 @@ def test_the_token_goes_nowhere_but_to_the_hub(hub, run, caplog):
     assert not any(request.authorization for request in objects)
 
 
-def test_a_dry_run_shows_files_sizes_and_card_and_asks_the_hub_nothing(hub, run, monkeypatch, caplog):
-    shown: list[str] = []
-    monkeypatch.setattr(stage, "console", type("Console", (), {"write": staticmethod(shown.append)}))
+def test_a_dry_run_shows_files_sizes_and_card_and_asks_the_hub_nothing(hub, run, shown):
     publish_adapter(**{**run, "dry_run": True}, repository=NAME)
     assert not hub.requests
     text = "".join(shown)
@@ -108,6 +114,14 @@ def test_a_dry_run_shows_files_sizes_and_card_and_asks_the_hub_nothing(hub, run,
     assert "# llama\n\nA QLoRA adapter for `owner/base`." in text
     assert "publish: licence: dataset notes (not stated): the registry does not say" in text
     assert run["receipt"].read_text() in text
+
+
+def test_a_licence_that_forbids_publishing_is_told_on_the_console_and_on_the_card_that_arrives(hub, run, shown):
+    publish_adapter(**{**run, "sources": [*SOURCES, FORBIDDEN]}, repository=NAME)
+    told = "dataset mine (not stated) forbids publishing what is made of it"
+    assert f"publish: licence: {told}\n" in shown
+    files = hub.repositories[NAME].commits[hub.repositories[NAME].branches["main"]]
+    assert f"**Licence:** {told}." in files["README.md"].decode()
 
 
 def test_no_token_and_a_wrong_one_are_told(hub, run, monkeypatch):

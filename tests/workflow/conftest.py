@@ -1,9 +1,11 @@
 """Workspaces for the tests of the workflow."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import TOKEN, HubServer
 from repositories import Repository, remote_of
 from workspaces import Workspace
 
@@ -12,6 +14,16 @@ from workspaces import Workspace
 def workspace(tmp_path: Path) -> Workspace:
     """A workspace in which nothing was run."""
     return Workspace(tmp_path)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A hub on the loopback device, and the environment of a client that is logged in there."""
+    with HubServer() as server:
+        home = {"HF_HOME": str(tmp_path / "hub-home"), "HF_HUB_DISABLE_XET": "1"}
+        for name, value in {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, **home}.items():
+            monkeypatch.setenv(name, value)
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from experiment_data import TOPICS, stand_in, stand_in_datasets, stand_in_models, write_parquet
+from hub_server import USER, HubServer
 from test_interruptions import interrupted
 from test_real_data import DATA, needs_data
 from workspaces import Workspace
@@ -150,7 +151,7 @@ def test_llama2_custom_takes_three_lines(workspace: Workspace, kind: str) -> Non
 
 
 @pytest.mark.slow
-def test_open_models(workspace: Workspace) -> None:
+def test_open_models(workspace: Workspace, hub: HubServer) -> None:
     models = {
         **{"gemma-2b": "gemma-2b", "gemma-7b": "gemma-7b", "falcon-7b": "falcon-7b", "phi-2": "phi-2"},
         "zephyr-7b": "zephyr-7b-beta",
@@ -172,6 +173,24 @@ def test_open_models(workspace: Workspace) -> None:
     chats = read_json(workspace.folder / "results/datasets/guanaco-llama2-1k/card.json")
     assert chats["dropped"]["train"] == {"empty answer": 1}
     assert chats["kept"]["test"] == 0
+    assert not hub.repositories
+    shown = workspace.snakemake(
+        "--config", f"publish_to={USER}/open", "--cores", "2", "publish", configs=configs
+    ).stdout
+    assert re.search(r"^total +6$", shown, re.M), shown  # five runs and their target: nothing is trained again
+    assert "publish: licence: model gemma-7b (Gemma Terms of Use (gated)) allows publishing on conditions" in shown
+    assert set(hub.repositories) == {f"{USER}/open-{run}" for run in models}
+    for run in models:
+        repository = hub.repositories[f"{USER}/open-{run}"]
+        assert repository.private
+        files = repository.commits[repository.branches["main"]]
+        weights = results / f"runs/{run}/adapter/adapter_model.safetensors"
+        assert files["adapter_model.safetensors"] == weights.read_bytes()
+        card = files["README.md"].decode()
+        assert "| gsm8k | all | number_match |" in card
+        assert f'PeftModel.from_pretrained(base, "{USER}/open-{run}")' in card
+        assert ("FalconLinear" in card) == (run == "falcon-7b")
+        assert card.endswith("--configfile config/experiments/open-models.yaml fewer.yaml\n```\n")
 
 
 @needs_data

@@ -1,6 +1,7 @@
 """Each experiment's overlay: what it asks for, that it is planned without a network, and its own words about itself."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,44 @@ socket.getaddrinfo = socket.create_connection = socket.socket.connect = refused
 """
 
 
-def whole_config(name: str) -> dict[str, Any]:
-    """The configuration that an experiment runs with, as Snakemake merges it."""
+def merged_config(name: str) -> dict[str, Any]:
+    """The configuration of an experiment as Snakemake merges it, without defaults or commits that were pinned."""
     merged: dict[str, Any] = {}
     for path in ("models", "datasets", "config", f"experiments/{name}"):
         update_config(merged, load_configfile(ROOT / f"config/{path}.yaml"))
-    return checked_config(merged)
+    return merged
+
+
+def whole_config(name: str) -> dict[str, Any]:
+    """The configuration that an experiment runs with."""
+    return checked_config(merged_config(name))
 
 
 def settings_of(name: str, recipe: str) -> dict[str, Any]:
     settings: dict[str, Any] = whole_config(name)["recipes"][recipe]
     return settings
+
+
+def sources_of(config: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Kind, name and entry of the models and datasets that the runs and suites of a configuration use."""
+    mixtures = [config["mixtures"][run["mixture"]]["datasets"] for run in config["runs"]]
+    datasets = [*mixtures, *(suite["datasets"] for suite in config["suites"].values())]
+    names = {
+        "models": dict.fromkeys(run["model"] for run in config["runs"]),
+        "datasets": dict.fromkeys(name for some in datasets for name in some),
+    }
+    return [(kind, name, config[kind][name]) for kind in names for name in names[kind]]
+
+
+def head_of(name: str) -> str:
+    """The comment that an experiment's overlay opens with."""
+    text = (ROOT / f"config/experiments/{name}.yaml").read_text(encoding="utf-8")
+    return re.sub(r"^# ?", "", text.partition("\nname:")[0], flags=re.M)
+
+
+def is_pinned(entry: dict[str, Any]) -> bool:
+    """Whether a hub source has a commit of its own."""
+    return bool(re.fullmatch("[0-9a-f]{40}", entry["source"].get("revision", "")))
 
 
 def holds(settings: dict[str, Any], **wanted: Any) -> None:
@@ -59,16 +87,35 @@ def test_plans_its_own_runs_alone_without_a_network(
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_says_what_the_original_did_and_which_three_commands_it_needs(name: str) -> None:
-    text = (ROOT / f"config/experiments/{name}.yaml").read_text(encoding="utf-8")
-    head = re.sub(r"\n# ?", "\n", text.partition("\nname:")[0])
+def test_says_what_the_original_did(name: str) -> None:
+    head = head_of(name)
     assert re.search(r"The originals? ", head)
     assert " Here " in head.replace("\n", " ")
-    commands = re.findall(r"^  (make|\.venv/bin)[ /](.*)$", head, re.M)
-    assert len(commands) == 3
-    for _, command in commands:
-        assert "--configfile" not in command or f"config/experiments/{name}.yaml" in command
     assert f"`{name}`" in (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_says_which_commands_a_fresh_clone_needs_and_they_are_three_at_most(name: str) -> None:
+    indented = re.findall(r"^  (.*?)(?:  # .*)?$", head_of(name), re.M)
+    commands = [shlex.split(command) for line in indented for command in re.split(r"&&|\|\||;|\|", line)]
+    assert len(commands) <= 3
+    first, login, last = commands
+    sources = sources_of(merged_config(name))
+    unpinned = [source for _, source, entry in sources if "hub" in entry["source"] and not is_pinned(entry)]
+    assert first == (["make", "pin", f"NAME={' '.join(unpinned)}"] if unpinned else ["make", "venv"])
+    assert login == [".venv/bin/hf", "auth", "login"]
+    about = next(line for line in head_of(name).splitlines() if "hf auth login" in line)
+    models = {entry["source"]["hub"]: entry["licence"] for kind, _, entry in sources if kind == "models"}
+    named = {hub for hub in models if hub in about}
+    assert named >= {hub for hub in models if "gated" in models[hub]}
+    assert named
+    assert last == [".venv/bin/snakemake", "--cores", "all", "--configfile", f"config/experiments/{name}.yaml"]
+
+
+def test_the_first_command_makes_the_environment_that_the_others_need() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^pin: venv ", makefile, re.M)
+    assert re.search(r"^venv:$", makefile, re.M)
 
 
 def test_mistral_text_label_as_asked_for() -> None:

@@ -79,9 +79,10 @@ def fill(hub: HubServer, folder: Path) -> None:
     hub.add("owner/lines", {**texts, "train.jsonl": lines, "README.md": b"about"}, kind="dataset")
 
 
-def pin(workspace: Workspace, name: str) -> str:
-    """What `make pin NAME=…` says last."""
-    done = subprocess.run([sys.executable, "tools/pin.py", name], cwd=workspace.folder, text=True, capture_output=True)
+def pin(workspace: Workspace, *names: str) -> str:
+    """What `make pin NAME="…"` says last."""
+    command = [sys.executable, "tools/pin.py", *names]
+    done = subprocess.run(command, cwd=workspace.folder, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -123,8 +124,8 @@ def test_runs_whole_from_the_hub(workspace: Workspace, tmp_path: Path, monkeypat
         # whichever download Snakemake starts first
         assert re.search(r"config: \w+\.(hub-\w+)\.source: not pinned; run `make pin NAME=\1`", refused), refused
         assert not hub.requests
-        for name in ("hub-mistral", "hub-parquet", "hub-lines"):
-            assert pin(workspace, name).startswith("Pinned 1 of 1 sources")
+        assert pin(workspace, "hub-mistral").startswith("Pinned 1 of 1 sources")
+        assert pin(workspace, "hub-parquet", "hub-lines").startswith("Pinned 2 of 2 sources")
 
         refused = workspace.snakemake("--cores", "2", configs=(OVERLAY,), expect=1).stdout
         assert f"owner/mistral is gated: accept its terms at {hub.url}/owner/mistral, then set HF_TOKEN" in refused

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,6 @@ from hub_server import TOKEN, USER, HubServer
 from workspaces import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("finished")]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A hub on the loopback device, and the environment of a client that is logged in there."""
-    with HubServer() as server:
-        given = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
-        yield server
 
 
 def test_merge_gguf_export_and_chat(finished_copy: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
