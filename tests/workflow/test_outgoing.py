@@ -35,6 +35,7 @@ def test_merge_gguf_export_and_chat(finished_copy: Workspace, tmp_path: Path, mo
         assert (to / "llama/merged/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
         assert not (to / "mistral/merged").exists()
         assert "# mistral" in (to / "mistral/README.md").read_text()
+    assert "Scored was the base in 4 bits" in (to / "llama/merged/README.md").read_text()
     for card in (to / "mistral/README.md", to / "llama/merged/README.md"):  # the code that loads it is true
         code = card.read_text().split("```python\n")[1].split("```")[0]
         load = f"{code}\nprint(model(**tokenizer('Hello', return_tensors='pt')).logits.shape)"
