@@ -38,11 +38,14 @@ class StepGraph:
         self.captured: dict[Any, Captured] = {}
         # One pool: eager steps of another shape use the memory that a recording leaves between its replays.
         self.pool = torch.cuda.MemPool()
+        self.largest = 0  # tokens of a step
         self.stream = torch.cuda.Stream()  # one for all steps: a recording may depend on no other
 
     def __call__(self, inputs: Inputs, items: torch.Tensor) -> torch.Tensor:
         """The loss of one micro-step; the gradients are added to what is there."""
         self._point_to_gradients()
+        if inputs["input_ids"].numel() > self.largest:
+            self._make_way(inputs["input_ids"].numel())
         shape = tuple((name, getattr(value, "shape", value)) for name, value in sorted(inputs.items()))
         self.seen[shape] = self.seen.get(shape, 0) + 1
         if self.seen[shape] <= EAGER:
@@ -64,6 +67,17 @@ class StepGraph:
             torch._foreach_zero_([self.gradients[place] for place in dropped])
         for place in dropped:
             self.parameters[place].grad = self.gradients[place]
+
+    def _make_way(self, tokens: int) -> None:
+        """Let recordings go before a larger step, which would lie beside their memory; they are made again within its.
+
+        Steps of 1, 2, 3 and 4 packs of 2,048 tokens, in this order, would reserve 50 GiB for Llama-2-7B, those of 4
+        alone 32.
+        """
+        self.largest = tokens
+        self.captured.clear()
+        self.pool = torch.cuda.MemPool()
+        torch.cuda.empty_cache()
 
     def _eagerly(self, inputs: Inputs, items: torch.Tensor) -> torch.Tensor:
         self.stream.wait_stream(torch.cuda.current_stream())

@@ -181,11 +181,13 @@ def test_an_adapter_without_a_matrix_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_merges_as_the_cpu_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_merges_as_the_cpu_does(dtype: str, tmp_path: Path) -> None:
+    same = {**QUANTIZATION, "compute_dtype": dtype}
     base = make_base(tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", "sdpa")
     for device in ("cpu", "cuda"):
-        merge_adapter(base, adapter, tmp_path / device, QUANTIZATION, "sdpa", device)
+        merge_adapter(base, adapter, tmp_path / device, same, "sdpa", device)
     found, expected = (load_file(tmp_path / device / "model.safetensors") for device in ("cuda", "cpu"))
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
