@@ -15,11 +15,12 @@ from qlora.errors import UserError
 from qlora.nf4 import dequantized
 
 try:
-    from qlora import fp8_triton
+    from qlora import fp8_triton, low_rank_triton
 except ImportError:  # Triton comes with the CUDA build of torch alone
-    fp8_triton = None  # type: ignore[assignment]
+    fp8_triton = low_rank_triton = None  # type: ignore[assignment]
 
 LARGEST = 448.0  # of e4m3
+LARGEST_RANK = 64  # of adapters that a kernel of ours adds; more is work for a library's
 _room: dict[torch.device, Tensor] = {}
 
 
@@ -70,6 +71,13 @@ def gradient(weights: Sequence[Weight], grads: Sequence[Tensor]) -> Tensor:
     for weight, part in zip(weights, room.split(outs, dim=1), strict=True):
         weight.eighth(part, transposed=True)
     return _product(eighth, room.t(), scales, torch.ones(width, device=columns.device))
+
+
+def add(output: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
+    """Onto `output` (tokens, width) the low-rank product narrow (tokens, rank) wide (rank, width), in its own dtype."""
+    if len(wide) > LARGEST_RANK:
+        return output.addmm_(narrow, wide)
+    return low_rank_triton.add(output, narrow, wide)
 
 
 def make_room(groups: Sequence[Sequence[Weight]]) -> None:

@@ -10,15 +10,33 @@ from bitsandbytes.functional import QuantState
 from qlora.nf4_triton import scale_of, tables
 
 COLUMNS, BLOCKS = 128, 2  # rows of the weight, and quantisation blocks of each, that a program transposes
+NARROW = 4096  # entries of a row that fewer warps take less time for
 
 
 @triton.jit
-def _part(x, columns, row, place, width, first, weighted: tl.constexpr):
+def _entries(x, columns, row, place, width, first, weighted: tl.constexpr):
     inside = place < width
     values = tl.load(x + row * width + place, mask=inside, other=0.0).to(tl.float32)
     if weighted:
         values *= tl.load(columns + first + place, mask=inside, other=0.0)
     return values
+
+
+@triton.jit
+def _largest(x, columns, row, width, first, largest, weighted: tl.constexpr, step: tl.constexpr):
+    """The larger of `largest` (step,) and the sizes of the row's entries, `step` by `step`."""
+    for start in range(0, width, step):
+        values = _entries(x, columns, row, start + tl.arange(0, step), width, first, weighted)
+        largest = tl.maximum(largest, tl.abs(values))
+    return largest
+
+
+@triton.jit
+def _write(x, columns, target, scale, row, width, first, weighted: tl.constexpr, step: tl.constexpr):
+    for start in range(0, width, step):
+        place = start + tl.arange(0, step)
+        values = _entries(x, columns, row, place, width, first, weighted)
+        tl.store(target + first + place, (values / scale).to(target.dtype.element_ty), mask=place < width)
 
 
 @triton.jit
@@ -32,35 +50,21 @@ def _scale_rows(
     width,
     second_width,
     third_width,
-    parts: tl.constexpr,
     weighted: tl.constexpr,
     step: tl.constexpr,
-    second_step: tl.constexpr,
-    third_step: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    total = width + second_width + third_width
-    place = tl.arange(0, step)
-    values = _part(x, columns, row, place, width, 0, weighted)
-    largest = tl.max(tl.abs(values))
-    if parts > 1:
-        second_place = tl.arange(0, second_step)
-        second_values = _part(second, columns, row, second_place, second_width, width, weighted)
-        largest = tl.maximum(largest, tl.max(tl.abs(second_values)))
-    if parts > 2:
-        third_place = tl.arange(0, third_step)
-        third_values = _part(third, columns, row, third_place, third_width, width + second_width, weighted)
-        largest = tl.maximum(largest, tl.max(tl.abs(third_values)))
-    scale = tl.maximum(largest, 1e-12) / 448.0
+    third_first = width + second_width
+    largest = tl.zeros((step,), tl.float32)
+    largest = _largest(x, columns, row, width, 0, largest, weighted, step)
+    largest = _largest(second, columns, row, second_width, width, largest, weighted, step)
+    largest = _largest(third, columns, row, third_width, third_first, largest, weighted, step)
+    scale = tl.maximum(tl.max(largest), 1e-12) / 448.0
     tl.store(scales + row, scale)
-    kind = eighth.dtype.element_ty
-    target = eighth + row * total
-    tl.store(target + place, (values / scale).to(kind), mask=place < width)
-    if parts > 1:
-        tl.store(target + width + second_place, (second_values / scale).to(kind), mask=second_place < second_width)
-    if parts > 2:
-        target += width + second_width
-        tl.store(target + third_place, (third_values / scale).to(kind), mask=third_place < third_width)
+    target = eighth + row * (third_first + third_width)
+    _write(x, columns, target, scale, row, width, 0, weighted, step)
+    _write(second, columns, target, scale, row, second_width, width, weighted, step)
+    _write(third, columns, target, scale, row, third_width, third_first, weighted, step)
 
 
 def scaled_rows(
@@ -73,6 +77,7 @@ def scaled_rows(
     _, second_width, third_width = [*widths, 0, 0][:3]
     eighth = torch.empty(len(first), sum(widths), device=first.device, dtype=torch.float8_e4m3fn)
     scales = torch.empty(len(first), 1, device=first.device)
+    many = sum(widths) > NARROW
     _scale_rows[(len(first),)](
         first,
         second,
@@ -83,12 +88,9 @@ def scaled_rows(
         widths[0],
         second_width,
         third_width,
-        parts=len(parts),
         weighted=columns is not None,
-        step=triton.next_power_of_2(widths[0]),
-        second_step=triton.next_power_of_2(max(second_width, 1)),
-        third_step=triton.next_power_of_2(max(third_width, 1)),
-        num_warps=8,
+        step=4096 if many else 2048,
+        num_warps=16 if many else 8,
     )
     return eighth, scales
 

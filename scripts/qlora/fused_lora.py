@@ -79,7 +79,7 @@ class Group:
         outputs = []
         for place, (part, b) in enumerate(zip(narrow.split(self.ranks, dim=1), self.bs, strict=True)):
             if frozen:
-                output = frozen[place] if apart else frozen[place].addmm_(part, b.t())
+                output = frozen[place] if apart else fp8.add(frozen[place], part, b.t())
             elif self.added or apart:
                 output = x @ self.weight(place).t()
             else:
@@ -94,7 +94,7 @@ class Group:
         if not wanted:
             return None, below
         if self.fp8:
-            return fp8.gradient(self.fp8, grads).addmm_(below, self.a), below
+            return fp8.add(fp8.gradient(self.fp8, grads), below, self.a), below
         of_x = None if self.added else self.dropped(below @ self.a)
         for place, grad in enumerate(grads):
             of_x = grad @ self.weight(place) if of_x is None else of_x.addmm_(grad, self.weight(place))

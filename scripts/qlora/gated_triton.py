@@ -7,9 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-ENTRIES = 2048  # a program without adapters
-ROWS, COLUMNS, WARPS = 32, 128, 8  # of one with adapters: three of them fit on a multiprocessor of an H100
-RANKS = 16  # of an adapter at a time, the fewest that a matrix product takes
+ROWS, COLUMNS, WARPS = 32, 128, 4  # of a program
 
 
 @triton.jit
@@ -28,22 +26,43 @@ def _active(gate, silu: tl.constexpr):
 
 
 @triton.jit
-def _add(values, narrow, b, row, column, height, width, stride, rank: tl.constexpr, ranks: tl.constexpr):
-    """A tile in float32 plus that of narrow (height, rank) bᵀ; `stride`: from one row of narrow to the next."""
-    for first in tl.static_range(0, rank, ranks):
-        index = first + tl.arange(0, ranks)
-        left = tl.load(
-            narrow + row[:, None] * stride + index[None, :],
-            mask=(row < height)[:, None] & (index < rank)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            b + column[None, :] * rank + index[:, None],
-            mask=(index < rank)[:, None] & (column < width)[None, :],
-            other=0.0,
-        )
-        values += tl.dot(left, right, input_precision="ieee")
+def _added(values, narrow, b, row, column, height, width, stride, rank: tl.constexpr):
+    """A tile in float32 plus that of narrow (height, rank) bᵀ; `stride`: from one row of narrow to the next.
+
+    A rank after the other: tensor cores would leave their sums where the tile's other values are not.
+    """
+    for index in tl.static_range(rank):
+        left = tl.load(narrow + row * stride + index, mask=row < height, other=0.0).to(tl.float32)
+        right = tl.load(b + column * rank + index, mask=column < width, other=0.0).to(tl.float32)
+        values += left[:, None] * right[None, :]
     return values
+
+
+@triton.jit
+def _read(
+    gate,
+    up,
+    narrow,
+    gate_b,
+    up_b,
+    height,
+    width,
+    gate_rank: tl.constexpr,
+    up_rank: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """This program's tile: where its entries are, which of them there are, and gate's and up's whole outputs there."""
+    row = tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows)
+    column = tl.program_id(0) * columns + tl.arange(0, columns)
+    place = row[:, None] * width + column[None, :]
+    inside = (row < height)[:, None] & (column < width)[None, :]
+    before = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+    above = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+    stride: tl.constexpr = gate_rank + up_rank
+    before = _added(before, narrow, gate_b, row, column, height, width, stride, gate_rank)
+    above = _added(above, narrow + gate_rank, up_b, row, column, height, width, stride, up_rank)
+    return place, inside, before, above
 
 
 @triton.jit
@@ -61,17 +80,10 @@ def _forward(
     up_rank: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
-    ranks: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows)
-    column = tl.program_id(0).to(tl.int64) * columns + tl.arange(0, columns)
-    place = row[:, None] * width + column[None, :]
-    inside = (row < height)[:, None] & (column < width)[None, :]
-    before = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    above = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-    stride: tl.constexpr = gate_rank + up_rank
-    before = _add(before, narrow, gate_b, row, column, height, width, stride, gate_rank, ranks)
-    above = _add(above, narrow + gate_rank, up_b, row, column, height, width, stride, up_rank, ranks)
+    place, inside, before, above = _read(
+        gate, up, narrow, gate_b, up_b, height, width, gate_rank, up_rank, rows, columns
+    )
     active, _ = _active(before, silu)
     tl.store(product + place, (active * above).to(product.dtype.element_ty), mask=inside)
 
@@ -91,18 +103,11 @@ def _backward(
     up_rank: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
-    ranks: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64) * rows + tl.arange(0, rows)
-    column = tl.program_id(0).to(tl.int64) * columns + tl.arange(0, columns)
-    place = row[:, None] * width + column[None, :]
-    inside = (row < height)[:, None] & (column < width)[None, :]
-    before = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    above = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+    place, inside, before, above = _read(
+        gate, up, narrow, gate_b, up_b, height, width, gate_rank, up_rank, rows, columns
+    )
     below = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-    stride: tl.constexpr = gate_rank + up_rank
-    before = _add(before, narrow, gate_b, row, column, height, width, stride, gate_rank, ranks)
-    above = _add(above, narrow + gate_rank, up_b, row, column, height, width, stride, up_rank, ranks)
     active, slope = _active(before, silu)
     kind = grad.dtype.element_ty
     tl.store(gate + place, (below * above * slope).to(kind), mask=inside)
@@ -111,26 +116,22 @@ def _backward(
 
 
 def _run(kernel: Any, *wide: torch.Tensor, silu: bool, adapters: Sequence[torch.Tensor]) -> None:
-    """`kernel` over three matrices (tokens, width): by tiles, or where there are no adapters as one long row."""
-    if adapters:
-        narrow, *bs = adapters
-        (height, width), (rows, columns), ranks = wide[0].shape, (ROWS, COLUMNS), [b.shape[1] for b in bs]
-    else:
-        narrow, *bs = wide  # which are not read
-        height, width, rows, columns, ranks = 1, wide[0].numel(), 1, ENTRIES, [0, 0]
-    kernel[(triton.cdiv(width, columns), triton.cdiv(height, rows))](
+    """`kernel` over three matrices (tokens, width)."""
+    height, width = wide[0].shape
+    narrow, *bs = adapters or wide  # without adapters they are not read
+    gate_rank, up_rank = [b.shape[1] for b in bs] if adapters else (0, 0)
+    kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(height, ROWS))](
         *wide,
         narrow,
         *bs,
         height,
         width,
         silu=silu,
-        gate_rank=ranks[0],
-        up_rank=ranks[1],
-        rows=rows,
-        columns=columns,
-        ranks=RANKS,
-        num_warps=WARPS if adapters else 4,
+        gate_rank=gate_rank,
+        up_rank=up_rank,
+        rows=ROWS,
+        columns=COLUMNS,
+        num_warps=WARPS,
     )
 
 

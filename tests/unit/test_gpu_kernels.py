@@ -41,7 +41,7 @@ def test_an_adapter_added_to_a_weight_is_rounded_once(dtype: torch.dtype, rank: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("function", ["silu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("ranks", [(), (8, 8), (1, 64), (40, 16)])
+@pytest.mark.parametrize("ranks", [(), (8, 8), (1, 16), (12, 5)])
 @pytest.mark.parametrize("shape", [(64, 256), (70, 200), (3, 65)])
 def test_a_gated_product_and_its_gradients_are_rounded_once(
     shape: tuple[int, int], ranks: tuple[int, ...], function: str, dtype: torch.dtype
@@ -71,8 +71,8 @@ def test_a_gated_product_and_its_gradients_are_rounded_once(
 
 def test_wide_adapters_are_not_added_in_the_activation() -> None:
     act, x = Activation(torch.nn.SiLU()), torch.ones(1, device="cuda")
-    assert act.can_add(x, (64, 1))
-    assert not act.can_add(x, (1, 65))
+    assert act.can_add(x, (16, 1))
+    assert not act.can_add(x, (1, 17))
     assert not Activation(torch.nn.ReLU()).can_add(x, (1, 1))
 
 
@@ -94,6 +94,41 @@ def test_the_loss_and_its_gradient_are_those_of_pytorch(
     scale = 1024.0  # of a loss in float16
     gradients = [torch.autograd.grad(scale * loss, hidden)[0].float() / scale for loss in (found, expected)]
     assert distance(gradients[:1], gradients[1:]) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 8, 24, 64, 65])
+@pytest.mark.parametrize("shape", [(64, 256), (70, 200), (3, 65)])
+def test_a_low_rank_product_is_added_and_rounded_once(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
+    """Of a slice of a wider narrow matrix, and of B's transpose, as adapters have them; against float64."""
+    generator = torch.Generator().manual_seed(2)
+
+    def drawn(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator).cuda().to(dtype)
+
+    (height, width), before = shape, drawn(*shape)
+    narrow, b = drawn(height, rank + 3)[:, 2:-1], drawn(width, rank)
+    for wide in (b.t(), b.t().contiguous()):
+        output = before.clone()
+        found = fp8.add(output, narrow, wide)
+        assert found is output
+        exact = before.double() + narrow.double() @ wide.double()
+        step = max(torch.finfo(dtype).eps / 2, 2e-6)
+        torch.testing.assert_close(found.double(), exact, rtol=1.01 * step, atol=1e-6 * float(exact.abs().max()))
+
+
+def test_rows_of_any_width_are_scaled_into_8_bits() -> None:
+    """Side by side, with and without factors of their columns, against the same written in PyTorch."""
+    generator = torch.Generator().manual_seed(2)
+    for widths in ([48], [4096], [4112], [16, 5000], [2048, 4096, 9008]):
+        parts = [torch.randn(5, width, generator=generator).cuda().bfloat16() for width in widths]
+        factors = torch.rand(sum(widths), generator=generator).cuda()
+        for columns in (None, factors):
+            eighth, scales = fp8.fp8_triton.scaled_rows(parts, columns)
+            exact = torch.cat(parts, dim=1).float() * (1 if columns is None else columns)
+            expected = exact.abs().amax(1, keepdim=True) / 448
+            torch.testing.assert_close(scales, expected)
+            assert torch.equal(eighth.float(), (exact / expected).to(torch.float8_e4m3fn).float())
 
 
 def test_products_in_fp8_are_those_of_rounded_rows(tmp_path: Path) -> None:

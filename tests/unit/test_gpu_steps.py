@@ -118,7 +118,7 @@ def test_other_families_record_steps_too(family: str, tmp_path: Path) -> None:
     assert all(entry["loss"] < 8 for entry in trainer.state.log_history if "loss" in entry)
 
 
-@pytest.mark.parametrize("order", [(64, 48), (16, 32, 48, 64)])
+@pytest.mark.parametrize("order", [(2000, 1500), (500, 1000, 1500, 2000)])  # of tensors of 65 MB and less
 def test_shapes_share_their_memory(order: tuple[int, ...], bench: Bench) -> None:
     """Steps of so many packs, one shape after another, reserve little more than those of the largest alone."""
 
@@ -140,7 +140,6 @@ def test_shapes_share_their_memory(order: tuple[int, ...], bench: Bench) -> None
         return torch.cuda.memory_reserved() - before
 
     alone = reserved_after(max(order))
-    assert alone > 40 * 2**20  # more than the allocator's smallest pieces
     assert reserved_after(*order) < 1.3 * alone
 
 
