@@ -12,7 +12,7 @@ except ImportError:  # Triton comes with the CUDA build of torch alone
     gated_triton = None  # type: ignore[assignment]
 
 SILU, GELU_TANH = {"SiLU", "SiLUActivation"}, {"GELUTanh", "PytorchGELUTanh"}
-LARGEST_RANK = 16  # of an adapter that is added as gate and up are read; at 32 that takes as long as adding it before
+LARGEST_RANK = 8  # of an adapter that is added as gate and up are read; at 16 that takes as long as adding it before
 
 
 @dataclass(frozen=True)

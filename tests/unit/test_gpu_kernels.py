@@ -41,7 +41,7 @@ def test_an_adapter_added_to_a_weight_is_rounded_once(dtype: torch.dtype, rank: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("function", ["silu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("ranks", [(), (8, 8), (1, 16), (12, 5)])
+@pytest.mark.parametrize("ranks", [(), (8, 8), (1, 5)])
 @pytest.mark.parametrize("shape", [(64, 256), (70, 200), (3, 65)])
 def test_a_gated_product_and_its_gradients_are_rounded_once(
     shape: tuple[int, int], ranks: tuple[int, ...], function: str, dtype: torch.dtype
@@ -71,8 +71,8 @@ def test_a_gated_product_and_its_gradients_are_rounded_once(
 
 def test_wide_adapters_are_not_added_in_the_activation() -> None:
     act, x = Activation(torch.nn.SiLU()), torch.ones(1, device="cuda")
-    assert act.can_add(x, (16, 1))
-    assert not act.can_add(x, (1, 17))
+    assert act.can_add(x, (8, 1))
+    assert not act.can_add(x, (1, 9))
     assert not Activation(torch.nn.ReLU()).can_add(x, (1, 1))
 
 
@@ -97,7 +97,7 @@ def test_the_loss_and_its_gradient_are_those_of_pytorch(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rank", [1, 8, 24, 64, 65])
+@pytest.mark.parametrize("rank", [1, 24, 64, 65])
 @pytest.mark.parametrize("shape", [(64, 256), (70, 200), (3, 65)])
 def test_a_low_rank_product_is_added_and_rounded_once(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
     """Of a slice of a wider narrow matrix, and of B's transpose, as adapters have them; against float64."""
