@@ -20,7 +20,7 @@ except ImportError:  # Triton comes with the CUDA build of torch alone
     fp8_triton = low_rank_triton = None  # type: ignore[assignment]
 
 LARGEST = 448.0  # of e4m3
-LARGEST_RANK = 64  # of adapters that a kernel of ours adds; more is work for a library's
+LARGEST_RANK = 64  # of what a kernel of ours adds: an adapter, or backward those of a group; more is a library's
 _room: dict[torch.device, Tensor] = {}
 
 
@@ -74,7 +74,7 @@ def gradient(weights: Sequence[Weight], grads: Sequence[Tensor]) -> Tensor:
 
 
 def add(output: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
-    """Onto `output` (tokens, width) the low-rank product narrow (tokens, rank) wide (rank, width), in its own dtype."""
+    """Onto the contiguous `output` (tokens, width) the product of narrow (tokens, rank), rows dense, and wide."""
     if len(wide) > LARGEST_RANK:
         return output.addmm_(narrow, wide)
     return low_rank_triton.add(output, narrow, wide)

@@ -44,7 +44,7 @@ def _add(
 
 
 def add(output: torch.Tensor, narrow: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-    """Add narrow (tokens, rank) times wide (rank, width) onto the contiguous `output`, rounded once; returns that."""
+    """Add narrow (tokens, rank; its rows dense) times wide (rank, width) to the contiguous `output`, rounded once."""
     (height, width), rank = output.shape, len(wide)
     _add[(triton.cdiv(width, COLUMNS), triton.cdiv(height, ROWS))](
         output,

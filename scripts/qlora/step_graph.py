@@ -38,14 +38,14 @@ class StepGraph:
         self.captured: dict[Any, Captured] = {}
         # One pool: eager steps of another shape use the memory that a recording leaves between its replays.
         self.pool = torch.cuda.MemPool()
-        self.largest = 0  # tokens of a step
+        self.largest = 0  # tokens of a recorded step
         self.stream = torch.cuda.Stream()  # one for all steps: a recording may depend on no other
 
     def __call__(self, inputs: Inputs, items: torch.Tensor) -> torch.Tensor:
         """The loss of one micro-step; the gradients are added to what is there."""
         self._point_to_gradients()
-        if inputs["input_ids"].numel() > self.largest:
-            self._make_way(inputs["input_ids"].numel())
+        if self.captured and inputs["input_ids"].numel() > self.largest:
+            self._let_recordings_go()
         shape = tuple((name, getattr(value, "shape", value)) for name, value in sorted(inputs.items()))
         self.seen[shape] = self.seen.get(shape, 0) + 1
         if self.seen[shape] <= EAGER:
@@ -68,13 +68,14 @@ class StepGraph:
         for place in dropped:
             self.parameters[place].grad = self.gradients[place]
 
-    def _make_way(self, tokens: int) -> None:
-        """Let recordings go before a larger step, which would lie beside their memory; they are made again within its.
+    def _let_recordings_go(self) -> None:
+        """Before a larger step, which would lie beside their memory; once it is recorded they are again, within its.
 
-        Steps of 1, 2, 3 and 4 packs of 2,048 tokens, in this order, would reserve 50 GiB for Llama-2-7B, those of 4
-        alone 32.
+        After steps of 1, 2, 3 and 4 packs of 2,048 tokens, in this order, 50 GiB would be reserved for Llama-2-7B;
+        after those of 4 alone it is 32.
         """
-        self.largest = tokens
+        torch.cuda.synchronize()  # a replay may still compute in what is given up
+        self.largest = 0
         self.captured.clear()
         self.pool = torch.cuda.MemPool()
         torch.cuda.empty_cache()
@@ -94,5 +95,6 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):  # type: ignore[arg-type]
             loss = self.step(dict(own), count)
+        self.largest = max(self.largest, own["input_ids"].numel())
         log.info("step graph: recorded for %d tokens, %d learned", own["input_ids"].numel(), len(own["learned"]))
         return Captured(graph, own, count, loss)

@@ -242,7 +242,7 @@ def test_adapters_added_in_the_activation_change_rounding_alone(
 
 
 @pytest.mark.parametrize(
-    ("lora", "expected"), [({}, False), ({"dropout": 0.3}, True), ({"dropout": 0.3, "r": 65}, False)]
+    ("lora", "expected"), [({}, False), ({"dropout": 0.3}, True), ({"dropout": 0.3, "r": 9}, False)]
 )
 def test_on_a_gpu_narrow_adapters_not_added_to_a_weight_are_added_in_the_activation(
     lora: dict[str, object], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,117 @@
+"""Which steps are recorded and which recordings are let go, without a GPU: a recording calls its step again."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qlora.step_graph import StepGraph
+
+
+class Graph:
+    """Stands for a CUDA graph: what was computed while it was recorded is computed again when it is replayed."""
+
+    def __init__(self) -> None:
+        self.replay = lambda: None
+
+
+class Recorder:
+    """Steps that add their inputs' sum to a parameter's gradient, and a note of how each was computed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.notes: list[str] = []
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.loss = torch.zeros(())
+        self.pools = 0
+        stream = SimpleNamespace(wait_stream=lambda _: None)
+        stand_ins = {
+            "MemPool": self.pool, "CUDAGraph": Graph, "Stream": lambda: stream, "current_stream": lambda: stream,
+            "stream": contextlib.nullcontext, "use_mem_pool": contextlib.nullcontext, "graph": self.recording,
+            "empty_cache": lambda: None, "synchronize": lambda: self.notes.append("waited"),
+        }  # fmt: skip
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        self.graph = StepGraph(self.step, [self.weight])
+
+    def pool(self) -> SimpleNamespace:
+        self.pools += 1
+        return SimpleNamespace(id=self.pools)
+
+    def step(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> torch.Tensor:
+        assert self.weight.grad is not None
+        self.notes.append(f"computed {inputs['input_ids'].numel()}")
+        loss = inputs["input_ids"].sum() / items
+        self.weight.grad.add_(loss)
+        self.again = (inputs, items)
+        return loss
+
+    @contextlib.contextmanager
+    def recording(self, graph: Graph, pool: int, stream: object) -> Iterator[None]:
+        assert pool == self.pools
+        assert self.weight.grad is not None
+        gradient = self.weight.grad.clone()
+        yield
+        self.notes[-1] = self.notes[-1].replace("computed", "recorded")
+        self.weight.grad.copy_(gradient)  # a recording computes nothing yet
+        inputs, items = self.again
+        weight = self.weight
+
+        def replay() -> None:
+            assert weight.grad is not None
+            weight.grad.add_(inputs["input_ids"].sum() / items)
+            self.notes.append(f"replayed {inputs['input_ids'].numel()}")
+
+        graph.replay = replay
+
+    def run(self, sizes: list[int]) -> list[str]:
+        """The notes of steps of so many tokens."""
+        self.notes.clear()
+        for number, size in enumerate(sizes):
+            ids = torch.full((1, size), float(number + 1))
+            self.graph({"input_ids": ids, "learned": torch.arange(size)}, torch.tensor(2.0))
+        return self.notes
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+def test_a_shape_is_recorded_when_it_comes_the_third_time(recorder: Recorder) -> None:
+    assert recorder.run([4] * 4) == ["computed 4", "computed 4", "recorded 4", "replayed 4", "replayed 4"]
+    assert recorder.weight.grad is not None
+    assert float(recorder.weight.grad) == 4 * (1 + 2 + 3 + 4) / 2  # each step with its own inputs
+
+
+def test_smaller_steps_are_recorded_beside_larger_ones(recorder: Recorder) -> None:
+    recorder.run([8] * 3 + [4] * 3)
+    assert len(recorder.graph.captured) == 2
+    assert recorder.pools == 1
+    assert "waited" not in recorder.notes
+
+
+def test_recordings_are_let_go_before_a_larger_step_and_made_again_after_it_is_recorded(recorder: Recorder) -> None:
+    assert recorder.run([4] * 3 + [8] * 3 + [4] * 2) == [
+        *("computed 4", "computed 4", "recorded 4", "replayed 4"),
+        *("waited", "computed 8", "computed 8", "recorded 8", "replayed 8"),
+        *("recorded 4", "replayed 4", "replayed 4"),
+    ]  # fmt: skip
+    assert len(recorder.graph.captured) == 2
+    assert recorder.pools == 2
+
+
+def test_no_smaller_recording_lies_beneath_the_largest_whatever_the_order(recorder: Recorder) -> None:
+    """The smaller one is recorded between the larger one's eager steps, and gives way to its recording."""
+    notes = recorder.run([4, 8] * 4)
+    assert notes.index("recorded 8") == notes.index("waited") + 1
+    assert notes[-3:] == ["recorded 4", "replayed 4", "replayed 8"]
+    assert list(recorder.graph.captured) == sorted(recorder.graph.captured, key=lambda shape: -shape[0][1][1])
+
+
+def test_gradients_that_were_dropped_begin_at_zero(recorder: Recorder) -> None:
+    recorder.run([4] * 3)
+    recorder.weight.grad = None
+    recorder.run([4])
+    assert float(recorder.weight.grad) == 4 * 1 / 2  # type: ignore[arg-type]
