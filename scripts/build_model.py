@@ -26,7 +26,7 @@ from qlora import corpus
 from qlora.errors import UserError
 from qlora.files import replacing, write_source_record
 from qlora.models import set_threads
-from qlora.pretrained import without_remote_code
+from qlora.pretrained import loaded
 from qlora.pretraining import aim_attention, pretrain, train_tokenizer, windows
 
 VOCABULARY = 1024  # tokens
@@ -107,7 +107,7 @@ def new_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTrain
         **ids,
         **own,
     )
-    network = without_remote_code(AutoModelForCausalLM.from_config, config, dtype=torch.float32)
+    network = loaded(AutoModelForCausalLM.from_config, config, dtype=torch.float32)
     network.generation_config = GenerationConfig(**ids)
     aim_attention(network)
     return network

@@ -33,7 +33,7 @@ from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl
 from qlora.generation import greedy
 from qlora.models import load_quantized, set_threads
-from qlora.pretrained import without_remote_code
+from qlora.pretrained import loaded
 from qlora.render import Format, load_tokenizer, padding_id, prompt_ids, rows_of, stop_ids, tokenized
 
 SOURCES = Path("results/sources/models")
@@ -114,7 +114,7 @@ def load(options: argparse.Namespace) -> Partner:
         folder = options.run / "merged"
         if not folder.is_dir():
             raise UserError(f"{folder} is not there; make it: snakemake --cores all {folder}")
-        network: Any = without_remote_code(
+        network: Any = loaded(
             AutoModelForCausalLM.from_pretrained,
             folder,
             dtype=torch.bfloat16,

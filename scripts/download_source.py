@@ -16,7 +16,7 @@ from qlora.errors import UserError
 from qlora.files import files_below, read_json, replacing, sha256_of, write_source_record
 from qlora.hub import HUB_ERRORS, explained
 from qlora.large_files import fetch_large, remove_left_over
-from qlora.pins import BRANCH, NEVER, is_commit, lock_entry, read_lock
+from qlora.pins import BRANCH, is_commit, lock_entry, read_lock, unwanted
 
 GIT_DIGITS = 40  # of a hash that git makes; a SHA-256 has 64
 READ_ONLY = 0o444
@@ -24,7 +24,7 @@ BAR_OF_BYTES = "huggingface_hub.snapshot_download"  # what the client calls it
 
 
 def download_source(
-    folder: Path, kind: str, name: str, source: Mapping[str, str], patterns: list[str], lock: Path | None = None
+    folder: Path, kind: str, name: str, source: Mapping[str, Any], patterns: list[str], lock: Path | None = None
 ) -> None:
     """Put a source's files and source.json (their SHA-256 and sizes) into `folder`.
 
@@ -53,7 +53,7 @@ def download_source(
             write_source_record(scratch, source)
 
 
-def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) -> None:
+def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, Any]) -> None:
     path = Path(source["path"])
     found, pinned = sha256_of(path), source.get("sha256", "none")
     if found != pinned:
@@ -71,19 +71,19 @@ def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, str]) ->
             shutil.copyfile(file, _place(file, below, folder))
 
 
-def _snapshot(kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> Path:
+def _snapshot(kind: str, name: str, source: Mapping[str, Any], patterns: list[str]) -> Path:
     """The folder of the hub's cache in which the needed files now are; what is there already is not fetched."""
     repository, revision = source["hub"], source["revision"]
     log.info("downloading %s at %s", repository, revision)
     try:
         if constants.HF_HUB_DISABLE_XET:
-            fetch_large(repository, kind, revision, patterns, NEVER, _Lines(name=BAR_OF_BYTES))
+            fetch_large(repository, kind, revision, patterns, unwanted(source), _Lines(name=BAR_OF_BYTES))
         snapshot = snapshot_download(
             repository,
             repo_type=kind.removesuffix("s"),
             revision=revision,
             allow_patterns=patterns,
-            ignore_patterns=list(NEVER),
+            ignore_patterns=unwanted(source),
             tqdm_class=_Lines,
         )
     except HUB_ERRORS as error:
@@ -121,10 +121,11 @@ def _name_now(kind: str, repository: str) -> str:
         return repository
 
 
-def _needed(snapshot: Path, kind: str, name: str, source: Mapping[str, str], patterns: list[str]) -> list[Path]:
+def _needed(snapshot: Path, kind: str, name: str, source: Mapping[str, Any], patterns: list[str]) -> list[Path]:
     """The needed files of a snapshot, which may hold what something else fetched."""
     cached = {file.relative_to(snapshot).as_posix(): file for file in files_below(snapshot)}
-    files = [cached[path] for path in filter_repo_objects(cached, allow_patterns=patterns, ignore_patterns=list(NEVER))]
+    wanted = filter_repo_objects(cached, allow_patterns=patterns, ignore_patterns=unwanted(source))
+    files = [cached[path] for path in wanted]
     where = f"{kind}.{name}: {source['hub']} at {source['revision']}"
     if kind == "models" and not any(file.suffix == ".safetensors" for file in files):
         raise UserError(

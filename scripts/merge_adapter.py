@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from qlora.errors import UserError
 from qlora.files import read_json, replacing, sha256_of, write_json
-from qlora.pretrained import model_config
+from qlora.pretrained import model_config, runs_own_code
 from qlora.render import load_tokenizer
 from qlora.streamed import Weights, empty_network, mapped_network, merged_weights, tuned_network
 
@@ -44,6 +45,8 @@ def merge_adapter(
     """
     # Else glibc keeps the holes that ever new weights leave in its heap, and memory grows with the model.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, ONE_MIB)
+    if runs_own_code(model):
+        raise UserError(f"{model}: a merged model would need the code that comes with it; use base and adapter instead")
     tokenizer = load_tokenizer(model)
     with replacing(merged) as folder:
         folder.mkdir()

@@ -23,7 +23,7 @@ sys.path.append(str(ROOT / "scripts"))
 from qlora.errors import UserError  # noqa: E402
 from qlora.files import replacing  # noqa: E402
 from qlora.hub import HUB_ERRORS, explained  # noqa: E402
-from qlora.pins import BRANCH, NEVER, needed_files, read_lock  # noqa: E402 (scripts/ is no package)
+from qlora.pins import BRANCH, needed_files, read_lock, unwanted  # noqa: E402 (scripts/ is no package)
 
 LOCK = Path("config/sources.lock.yaml")
 CONFIGS = ("config/models.yaml", "config/datasets.yaml", "config/config.yaml", "config/experiments/*.yaml")
@@ -114,7 +114,7 @@ def entry(kind: str, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
         filter_repo_objects(
             [file.path for file in listing],
             allow_patterns=needed_files(kind, item),
-            ignore_patterns=[*NEVER, ".*"],
+            ignore_patterns=[*unwanted(item["source"]), ".*"],
         )
     )
     if not needed:

@@ -11,7 +11,7 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import Linear4bit
 from transformers import AutoModelForCausalLM
 
-from qlora.pretrained import without_remote_code
+from qlora.pretrained import loaded
 
 
 def lora_config(lora: Mapping[str, Any]) -> LoraConfig:
@@ -36,7 +36,7 @@ def start_from_rounding(network: PeftModel, model: Path) -> None:
     One pass of its algorithm 1: the quantised base stays as it is. The unquantised weights are those of the folder
     `model`, held in memory meanwhile. (PEFT's own function wants a GPU, and leaves the scaling out.)
     """
-    exact = without_remote_code(AutoModelForCausalLM.from_pretrained, model, dtype="auto")
+    exact = loaded(AutoModelForCausalLM.from_pretrained, model, dtype="auto")
     for name, layer in network.get_base_model().named_modules():
         if isinstance(layer, Linear4bit):
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

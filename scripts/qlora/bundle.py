@@ -174,6 +174,7 @@ def _loading(subject: Subject, address: str, merged: bool) -> str:
     ]
     if not merged:
         pin = f', revision="{subject.revision}"' if subject.revision else ""
+        pin += ", trust_remote_code=True" if subject.run["pins"]["model"]["source"].get("remote_code") else ""
         quantization = subject.run["settings"]["quantization"]
         load = [
             *("import torch", "from peft import PeftModel"),

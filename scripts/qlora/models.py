@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.models.falcon import modeling_falcon
 
 from qlora.errors import UserError
-from qlora.pretrained import without_remote_code
+from qlora.pretrained import loaded
 
 log = logging.getLogger("qlora")
 
@@ -32,7 +32,7 @@ def load_quantized(folder: Path, quantization: Mapping[str, Any], device: str, a
     """
     dtype = compute_dtype(quantization["compute_dtype"], device)
     _use_plain_linear_in_falcon()
-    model = without_remote_code(
+    model = loaded(
         AutoModelForCausalLM.from_pretrained,
         folder,
         dtype=dtype,

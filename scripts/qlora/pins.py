@@ -22,9 +22,10 @@ MODEL_FILES = (
 )
 NEVER = (
     *("*.gguf", "original/*", "onnx/*", "*consolidated*"),  # other copies of the same weights
-    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.py"),  # would run code when they are loaded
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle"),  # would run code when they are loaded
     "source.json",  # the name of our own record beside the files
 )
+CODE = "*.py"  # of a model whose source says `remote_code: true`, and of no other
 
 
 def is_commit(revision: str) -> bool:
@@ -33,16 +34,21 @@ def is_commit(revision: str) -> bool:
 
 
 def needed_files(kind: str, item: Entry) -> list[str]:
-    """Globs of the files that a model or a dataset needs of its hub repository; NEVER goes off them.
+    """Globs of the files that a model or a dataset needs of its hub repository; what is `unwanted` goes off them.
 
     `kind` is models or datasets, `item` the entry in the config. All files of a dataset that names none.
     """
     if kind == "models":
-        return list(MODEL_FILES)
+        return [*MODEL_FILES, *([CODE] if item.get("source", {}).get("remote_code") else [])]
     if "files" not in item:
         return ["*"]
     database = item.get("database", {}).get("file")
     return [*item["files"].values(), *([database] if database else [])]
+
+
+def unwanted(source: Entry) -> list[str]:
+    """Globs of the files that are never taken from a hub source."""
+    return [*NEVER, *([] if source.get("remote_code") else [CODE])]
 
 
 def read_lock(path: Path) -> dict[str, dict[str, Entry]]:

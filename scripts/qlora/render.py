@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora.conversations import Message
 from qlora.encoding import dividers, encode, quoted, special_pattern
 from qlora.errors import UserError
-from qlora.pretrained import without_remote_code
+from qlora.pretrained import loaded
 from qlora.templates import Segment, answer_ending, template_rows
 
 IGNORED = -100  # label of a position that is not learned (torch.nn.functional.cross_entropy's ignore_index)
@@ -39,7 +39,7 @@ class Tokens:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a downloaded or built model."""
-    tokenizer = without_remote_code(AutoTokenizer.from_pretrained, folder)
+    tokenizer = loaded(AutoTokenizer.from_pretrained, folder)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no stop token (eos_token), so the model could not learn to stop")
     tokenizer.backend_tokenizer.no_truncation()  # some are saved with the limits of whoever trained them

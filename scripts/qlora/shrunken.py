@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from qlora.errors import UserError
-from qlora.pretrained import model_config, without_remote_code
+from qlora.files import write_source_record
+from qlora.pretrained import loaded, model_config, runs_own_code
 
 LAYERS = 2
 HEADS = 2
@@ -67,7 +68,7 @@ def shrunken_model(folder: Path, target: Path) -> Path:
     """
     config = model_config(folder)
     small = shrunken_config(config)
-    network_of = partial(without_remote_code, AutoModelForCausalLM.from_config, dtype=torch.float32)
+    network_of = partial(loaded, AutoModelForCausalLM.from_config, dtype=torch.float32)
     with torch.device("meta"):
         parameters = network_of(small).num_parameters()
     if parameters > MOST_PARAMETERS:
@@ -79,4 +80,6 @@ def shrunken_model(folder: Path, target: Path) -> Path:
         torch.manual_seed(SEED)
         network = network_of(small)
     network.save_pretrained(target)
+    if runs_own_code(folder):
+        write_source_record(target, {"remote_code": True})
     return target

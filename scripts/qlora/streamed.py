@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from qlora.errors import UserError
 from qlora.files import read_json
 from qlora.models import _use_plain_linear_in_falcon, compute_dtype
-from qlora.pretrained import model_config, without_remote_code
+from qlora.pretrained import loaded, model_config
 
 Weights = Iterator[tuple[str, torch.Tensor]]  # by the name that it has in the network
 ADAPTED = "base_model.model."  # stands before the names in an adapter's file
@@ -169,9 +169,7 @@ def filled_network(
     _use_plain_linear_in_falcon()
     config = model_config(model)
     with torch.device(device), init_empty_weights(include_buffers=False):
-        network = without_remote_code(
-            AutoModelForCausalLM.from_config, config, dtype=config.dtype, attn_implementation=attention
-        )
+        network = loaded(AutoModelForCausalLM.from_config, config, dtype=config.dtype, attn_implementation=attention)
     weights = {name: changed(name, weight) for name, weight in named_weights(model, network)}
     network.load_state_dict(weights, strict=False, assign=True)
     network.tie_weights()
@@ -207,7 +205,7 @@ def empty_network(model: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The network of a model's config, whose weights have shapes alone."""
     _use_plain_linear_in_falcon()
     with torch.device("meta"):
-        return without_remote_code(AutoModelForCausalLM.from_config, model_config(model), dtype=dtype)
+        return loaded(AutoModelForCausalLM.from_config, model_config(model), dtype=dtype)
 
 
 def stored_weights(model: Path) -> Weights:

@@ -173,6 +173,14 @@ def test_the_card_computes_in_what_the_run_computed_in(run, wanted, device, code
     assert device == "cuda" or code == str(compute_dtype(wanted, device))
 
 
+def test_a_base_that_was_allowed_its_own_code_is_loaded_with_it(run):
+    told = subject(run)
+    told.run["pins"]["model"]["source"]["remote_code"] = True
+    made = loading_code(card(told, "owner/llama", drift=None))
+    assert f'"owner/base", revision="{"a" * 40}", trust_remote_code=True, dtype=dtype' in made
+    compile(made, "card", "exec")
+
+
 def test_a_base_that_is_not_from_the_hub_is_no_metadata_of_its(run):
     local = subject(run, base="results/sources/models/base", sources=[{**SOURCES[1], "hub": ""}])
     local.run["pins"] = {"model": {"source": {"build": {}}}}

@@ -284,8 +284,8 @@ def test_code_that_comes_with_a_model_is_neither_asked_about_nor_fetched(
     with pytest.raises(UserError) as caught:
         preflight(base)
     assert str(caught.value) == (
-        f"{base}: its architecture needs code from the hub, which this workflow never runs;"
-        " name a model of a family that transformers knows in models.base.source"
+        f"{base}: its architecture needs code that comes with it; name a model of a family that transformers knows in"
+        " models.base.source, or read that code and, if you trust it, add `remote_code: true`"
     )
     assert answers.tell() == 0, "asked on the terminal"
     assert not hub.requests
@@ -300,7 +300,7 @@ def test_a_family_that_transformers_knows_needs_no_code_that_its_files_name(base
     assert not hub.requests
 
 
-def test_everything_is_loaded_without_remote_code() -> None:
+def test_everything_is_loaded_with_the_rule_about_code() -> None:
     direct = [
         f"{path.name}:{node.lineno}"
         for path in SCRIPTS.rglob("*.py")
@@ -308,7 +308,7 @@ def test_everything_is_loaded_without_remote_code() -> None:
         if isinstance(node, ast.Call)
         and re.match(r"Auto(Config|Tokenizer|Model\w*)\.from_\w+$", ast.unparse(node.func))
     ]
-    assert not direct, "these calls go past qlora.pretrained.without_remote_code"
+    assert not direct, "these calls go past qlora.pretrained.loaded"
 
 
 @pytest.mark.parametrize(
