@@ -242,6 +242,15 @@ def dropout_of(module: Linear4bit) -> Dropout | None:
     return Dropout(layer.p, module.base_layer.weight.device) if isinstance(layer, nn.Dropout) else None
 
 
+def whole_mlps(network: PeftModel, count: int) -> str:
+    """That so many gated MLPs are computed whole, or why none is."""
+    if count:
+        return f"{count} gated MLPs whole"
+    known = any(type(module).__name__ in GATED for module in network.modules())
+    reason = "gate, up and down are not all fused" if known else "of a kind that is not covered"
+    return f"no MLP whole ({reason})"
+
+
 def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     """Let each layer that can be computed by the functions above be so, and say in a line what was chosen and why.
 
@@ -298,8 +307,9 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     approximate = ", frozen products approximate in FP8" if in_fp8 else ""
     added = ", adapters added to the weights" if any(group.added for group in groups) else ""
     masks = f", dropout {dropout.share:g} with one mask for layers of one input" if dropout else ""
-    left_out = f"; {rest} left to PEFT" if rest else ""
-    return f"fused LoRA: {len(free)} layers, {gated} gated MLPs whole{added}{approximate}{masks}{left_out}"
+    left_out = f"; {rest} left to PEFT ({why})" if rest else ""
+    whole = whole_mlps(network, gated)
+    return f"fused LoRA: {len(free)} layers, {whole}{added}{approximate}{masks}{left_out}"
 
 
 def _replace(module: nn.Module, layers: Sequence[Linear4bit], compute: Callable[[Tensor], Tensor]) -> None:

@@ -1,4 +1,8 @@
-"""Liger's Triton kernels for norms and rotary positions, where they cover the family."""
+"""Liger's Triton kernels for norms and rotary positions, where they cover the family.
+
+Its gated MLP is left out: `fused_lora` computes MLPs, and where that steps aside, transformers does. Liger would also
+replace the family's class for every network made later in the process, which `fused_lora` then would not know.
+"""
 
 from transformers import PreTrainedModel
 

@@ -5,37 +5,54 @@ from typing import Any
 
 import torch
 from torch.nn.attention import varlen
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "packed"
+AMPERE = (8, 0)  # the compute capability that FlashAttention-2's instructions came with
 # Families whose decoder hands the rows' beginnings on to attention, and whose scores are not changed on the way.
 FAMILIES = {"llama", "mistral", "gemma", "qwen2", "qwen3", "phi", "phi3", "smollm3"}
 ASKS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # from torch 2.12; before, it just does
 
 
-def use_packed_attention(network: PreTrainedModel) -> bool:
-    """Let a network on a GPU take rows that lie end to end apart in attention, where its family can; tell whether.
+def use_packed_attention(network: PreTrainedModel) -> str | None:
+    """Let a network take rows that lie end to end apart in attention; None where it does, else the reason why not.
 
     Other batches of it go through transformers' sdpa.
     """
-    family = network.config.model_type
-    config = network.config
+    reason = why_not_packed(network.config, network.dtype, network.device)
+    if reason is None:
+        AttentionInterface.register(NAME, packed_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        network.config._attn_implementation = NAME
+    return reason
+
+
+def why_not_packed(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why FlashAttention cannot take the rows of a network apart, or None."""
+    if device.type == "cpu":
+        return "there is no GPU"
+    if config.model_type not in FAMILIES:
+        return f"{config.model_type} is not among its families"
+    if config._attn_implementation != "sdpa":
+        return f"it stands in for sdpa, not for {config._attn_implementation}"
+    if config.attention_dropout:
+        return f"it has no dropout, and the base asks for {config.attention_dropout:g}"
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fits = width <= 256 and not width % 8
-    covered = family in FAMILIES and fits and config._attn_implementation == "sdpa" and not config.attention_dropout
-    if not covered or not _flash() or network.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    network.config._attn_implementation = NAME
-    return True
+    if width > 256 or width % 8:
+        return f"it takes heads of 8, 16, … 256, not of {width}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < AMPERE:
+        return f"it needs compute capability {as_text(AMPERE)}, and the card has {as_text(capability)}"
+    return None
 
 
-def _flash() -> bool:
-    """Whether the card has FlashAttention-2's instructions: Ampere and newer."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+def as_text(capability: tuple[int, int]) -> str:
+    """A compute capability as NVIDIA writes it."""
+    return ".".join(map(str, capability))
 
 
 def no_mask(device: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from peft.tuners.lora import Linear4bit
 from torch.utils.tensorboard import SummaryWriter
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedConfig, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
@@ -230,8 +230,13 @@ def make_trainer(job: Job, check: Callable[[], None] = lambda: None) -> Trainer:
     if not job.folder.is_dir():  # else it goes on from a checkpoint, and so do the curves
         shutil.rmtree(job.tensorboard, ignore_errors=True)
     writer = SummaryWriter(job.tensorboard)
-    taken_apart = job.device != "cpu" and use_packed_attention(network)
-    attention = "FlashAttention over each row" if taken_apart else network.config._attn_implementation
+    why_masks = use_packed_attention(network)
+    taken_apart = why_masks is None
+    attention = (
+        "FlashAttention over each row"
+        if taken_apart
+        else f"{network.config._attn_implementation}, no FlashAttention ({why_masks})"
+    )
     kernels = use_liger(network) if job.device != "cpu" else "no Liger kernels, there is no GPU"
     add_supervised_loss(network)
     callbacks: list[TrainerCallback] = [TokenCounter(), TensorBoardCallback(writer)]
@@ -274,7 +279,7 @@ def make_trainer(job: Job, check: Callable[[], None] = lambda: None) -> Trainer:
     recomputing["preserve_rng_state"] = random  # read when training begins
     on_host = settings["checkpointing"] and job.device != "cpu"
     hidden = [keep_on_host(network, HostStates(job.device, trainer.choose))] if on_host else []
-    reason = "several processes" if several else why_no_graph(job, network, taken_apart, random)
+    reason = "several processes" if several else why_no_graph(job, network.config, why_masks, random)
     if reason is None:
         trainer.record_steps()
     if taken_apart and job.batching != "packed":
@@ -294,14 +299,18 @@ def draws(network: PeftModel, fused: bool) -> bool:
     return any(id(module) not in own for module in drops) or bool(getattr(network.config, "attention_dropout", 0))
 
 
-def why_no_graph(job: Job, network: PreTrainedModel, taken_apart: bool, random: bool) -> str | None:
-    """Why micro-steps are not recorded as CUDA graphs, or None where they are."""
+def why_no_graph(job: Job, config: PreTrainedConfig, why_masks: str | None, random: bool) -> str | None:
+    """Why micro-steps are not recorded as CUDA graphs, or None where they are.
+
+    `config` is the base's; `why_masks` is why its rows need masks, None where FlashAttention takes them apart;
+    `random` is whether a layer `draws` random numbers.
+    """
     settings = job.settings
     if job.device == "cpu":
         return "there is no GPU"
-    if not taken_apart:
-        return "batches have no fixed shape (it wants FlashAttention over rows laid end to end)"
-    if any(kind in repr(getattr(network.config, "rope_parameters", "")) for kind in ("'dynamic'", "'longrope'")):
+    if why_masks is not None:
+        return f"without FlashAttention batches have no fixed shape ({why_masks})"
+    if any(kind in repr(getattr(config, "rope_parameters", "")) for kind in ("'dynamic'", "'longrope'")):
         return "its rotary positions depend on lengths, for which it waits"
     if compute_dtype(settings["quantization"]["compute_dtype"], job.device) == torch.float16:
         return "float16 needs its loss scaled step by step"

@@ -86,9 +86,10 @@ def test_loss_and_gradients_are_those_of_peft(family: str, tmp_path: Path) -> No
     loss, gradients = loss_and_gradients(network)
     said = fuse(network)
     layers = len(layers_in_4_bits(network))
-    gated = "0 gated" if family in ("falcon", "phi-2", "phi3") else "2 gated"
+    others = family in ("falcon", "phi-2", "phi3")
+    whole = "no MLP whole (of a kind that is not covered)" if others else "2 gated MLPs whole"
     added = ", adapters added to the weights" if DEVICE == "cuda" else ""
-    assert said == f"fused LoRA: {layers} layers, {gated} MLPs whole{added}"
+    assert said == f"fused LoRA: {layers} layers, {whole}{added}"
     fused_loss, fused_gradients = loss_and_gradients(network)
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
     for one, other in zip(fused_gradients, gradients, strict=True):
@@ -312,6 +313,14 @@ def test_a_bias_that_is_learned_is_left_to_peft(tmp_path: Path) -> None:
     assert all(float(gradient.abs().max()) > 0 for gradient in gradients)
 
 
+def test_layers_left_to_peft_beside_fused_ones_have_a_reason(tmp_path: Path) -> None:
+    """Qwen 2.5 has biases in q, k and v alone."""
+    network = adapted(make_base(tmp_path / "base", "qwen2.5"), EXACT, bias="lora_only")
+    said = fuse(network)
+    assert said.startswith("fused LoRA: 8 layers, 2 gated MLPs whole")
+    assert said.endswith("; 6 left to PEFT (a bias that is learned)")
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -354,7 +363,7 @@ def test_what_is_learned_is_seen_however_the_network_is_called(tmp_path: Path) -
 def test_some_layers_without_an_adapter_are_left_as_they_are(tmp_path: Path) -> None:
     network = adapted(make_base(tmp_path / "base"), EXACT, target_modules=["q_proj", "v_proj", "up_proj"])
     loss, gradients = loss_and_gradients(network)
-    assert fuse(network).startswith("fused LoRA: 6 layers, 0 gated MLPs whole")
+    assert fuse(network).startswith("fused LoRA: 6 layers, no MLP whole (gate, up and down are not all fused)")
     fused_loss, fused_gradients = loss_and_gradients(network)
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
     for one, other in zip(fused_gradients, gradients, strict=True):
