@@ -73,7 +73,7 @@ def need_flash_attention(way: str) -> None:
 
 
 def trl(given: argparse.Namespace, clock: Clock) -> Figures:
-    """TRL, rows padded to the longest of their batch; checkpointing, its default, as the plan says."""
+    """TRL, rows padded to the longest of their batch. Checkpointing, TRL's default, is as the plan says."""
     network, tokenizer = _loaded(given)
 
     def build(common: dict[str, Any]) -> Any:

@@ -42,7 +42,7 @@ def _packed(name: str, shape: str) -> tuple[Group, ...]:
     )
 
 
-_PADDED = (Way("trl", 8), Way("notebook", 2, checkpointing=True))  # TRL as fast as it goes: it would checkpoint itself
+_PADDED = (Way("trl", 8), Way("notebook", 2, checkpointing=True))  # TRL without the checkpointing that is its default
 
 PLAN = (
     *_packed("Llama-2-7B", "llama-2-7b"),

@@ -29,7 +29,7 @@ from table import Line, lines_of, with_conditions
 
 HERE = Path(__file__).parent
 ROUNDS = 3
-EVERY = 1.0  # seconds the GPU is looked at while it is measured
+EVERY = 1.0  # seconds between two looks at the GPU while it is measured
 GUESS = 90.0  # seconds of a measurement before one was seen
 LIMIT = 240.0  # seconds of a measurement, so that one that hangs leaves time for others
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth", "flash-attn")

@@ -109,16 +109,16 @@ def machine(lines: Sequence[Line]) -> str:
 
 
 def _pace(lines: Sequence[Line]) -> list[str]:
-    """SM clock and power while it was measured; of lines without them the clock that was read at idle, and so named."""
+    """SM clock and power while it was measured; of lines without them the clock afterwards, so named."""
     during = [line["gpu during"] for line in lines if line.get("gpu during")]
-    idle = [line["gpu after"]["clocks.sm"] for line in lines if line["gpu after"] and not line.get("gpu during")]
+    later = [line["gpu after"]["clocks.sm"] for line in lines if line["gpu after"] and not line.get("gpu during")]
     said = []
     for kind, unit in (("SM clock", "MHz"), ("power", "W")):
         values = [found[f"{kind} {unit}"] for found in during if f"{kind} {unit}" in found]
         if values:
             said.append(f"{kind} while measured {statistics.median(values):,.0f} ({_range(values)}) {unit}")
-    clocks = [float(clock.split()[0]) for clock in idle]
-    return said + ([f"SM clock read afterwards, at idle: {_range(clocks)} MHz"] if clocks else [])
+    clocks = [float(clock.split()[0]) for clock in later]
+    return said + ([f"SM clock afterwards, not while measured: {_range(clocks)} MHz"] if clocks else [])
 
 
 def with_block(page: str, begin: str, end: str, text: str) -> str:

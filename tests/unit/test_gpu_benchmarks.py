@@ -172,7 +172,7 @@ def test_the_page_says_what_was_measured_on() -> None:
         for clock in (1500, 1980, 1700)
     ]
     card = "Random weights and tokens; 1 stint on A card (limit 700 W)"
-    said = f"{card}; SM clock read afterwards, at idle: 1,500–1,980 MHz; torch 2.11.0"
+    said = f"{card}; SM clock afterwards, not while measured: 1,500–1,980 MHz; torch 2.11.0"
     assert conditions(lines) == f"{said}."
     named = [
         *lines[:1],
@@ -183,8 +183,8 @@ def test_the_page_says_what_was_measured_on() -> None:
     for found, pace in zip(lines[:2], (1500.0, 1700.0), strict=True):
         found["gpu during"] = {"SM clock MHz": pace, "power W": 690.0, "samples": 8}
     pace = "SM clock while measured 1,600 (1,500–1,700) MHz; power while measured 690 (690–690) W"
-    idle = "SM clock read afterwards, at idle: 1,700–1,700 MHz; driver 570.1; torch 2.11.0"
-    assert conditions(lines) == f"{card}; {pace}; {idle}."
+    later = "SM clock afterwards, not while measured: 1,700–1,700 MHz; driver 570.1; torch 2.11.0"
+    assert conditions(lines) == f"{card}; {pace}; {later}."
 
 
 def test_the_commit_is_what_a_copy_is_told_or_the_repositorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
