@@ -20,7 +20,7 @@ HEADS = {
     ),
     "notebook": (
         *("way", "card", "steps", "tokens", "whole job, s", "s a step", "tokens/s", "allocated GiB"),
-        *("its tokens/s over the notebook's", "the notebook's whole job over its own", "computed by"),
+        *("its tokens/s over the notebook's", "the notebook's whole job over its own"),
     ),
 }
 WAYS = {  # in which the job of llama2-sql-mix is run, in this order
@@ -130,7 +130,6 @@ def _on_card(card: str, lines: Sequence[Line]) -> list[list[str]]:
                 *_speeds(line),
                 f"{line['allocated GiB']:.1f}",
                 *against,
-                "; ".join(line["computed by"]),
             ]
         )
     return rows
