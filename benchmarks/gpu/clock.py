@@ -17,6 +17,7 @@ class Clock:
         self.steps = steps
         self.bounds = range(warm_up, steps + 1, self.each)
         self.marks: list[float] = []
+        self.times: list[float] = []  # of Unix, by which another process knows when that was
         self.started = time.monotonic()
 
     def at(self, step: int) -> None:
@@ -25,6 +26,7 @@ class Clock:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.marks.append(time.monotonic())
+            self.times.append(time.time())
 
     def result(self, counts: list[torch.Tensor]) -> dict[str, float | list[float]]:
         """The figures, given the tokens of each step, warm-up included; those of all repeats are lists."""
@@ -35,6 +37,7 @@ class Clock:
             "tokens per second": round(statistics.median(speeds), 1),
             "seconds a step": round(statistics.median(seconds) / self.each, 5),
             "repeats": [round(speed, 1) for speed in speeds],
+            "timed": [round(self.times[0], 2), round(self.times[-1], 2)],
             "start-up seconds": round(self.marks[0] - self.started, 1),
             "allocated GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
             "reserved GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from experiments_table import EXPERIMENTS_RESULTS, WAYS, tables
 from run import HERE, Line, figures_of, gpu, software
-from table import lines_of
+from table import card_of, lines_of
 
 sys.path.append(str(HERE.parents[1] / "scripts"))
 from lengths import drawn_rows
@@ -116,6 +116,11 @@ def wanted(tasks: Sequence[Task], lines: Sequence[Line], names: Sequence[str]) -
     return [task for task in tasks if task.about not in done and (not names or {task.run.name, task.way} & set(names))]
 
 
+def on_card(lines: Sequence[Line], card: str) -> list[Line]:
+    """The lines that count where this card is measured: the notebook's job is compared on one card."""
+    return [line for line in lines if line["table"] != "notebook" or card_of(line) == card]
+
+
 def main() -> None:
     """Run what is still to be run, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,7 +144,8 @@ def main() -> None:
     end = time.monotonic() + 60 * given.minutes
     lines = lines_of(given.resume or given.out)
     given.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    for task in wanted(plan(given.table, given.steps or {"runs": 20, "notebook": 200}[given.table]), lines, given.only):
+    tasks = plan(given.table, given.steps or {"runs": 20, "notebook": 200}[given.table])
+    for task in wanted(tasks, on_card(lines, card_of({"gpu after": gpu()})), given.only):
         left = end - time.monotonic()
         if left < LEAST:
             break

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from overlays import EXPERIMENTS, runs_of
-from table import HERE, NOTHING, PAGE, Line, lines_of, machine, with_block
+from table import HERE, NOTHING, PAGE, Line, card_of, lines_of, machine, with_block
 
 EXPERIMENTS_RESULTS = HERE / "experiments.jsonl"
 HEADS = {
@@ -19,8 +19,8 @@ HEADS = {
         *("drift, rms", "same next token", "chat in 4 bits, s", "chat with the merged model, s"),
     ),
     "notebook": (
-        *("way", "steps", "tokens", "whole job, s", "s a step", "tokens/s", "allocated GiB"),
-        *("its tokens/s over the notebook's", "the notebook's whole job over its own", "computed by"),
+        *("way", "card", "steps", "tokens", "whole job, s", "s a step", "tokens/s", "allocated GiB"),
+        *("its tokens/s over the notebook's", "the notebook's whole job over its own"),
     ),
 }
 WAYS = {  # in which the job of llama2-sql-mix is run, in this order
@@ -94,14 +94,24 @@ def _over(one: float | None, other: float | None) -> str:
 
 
 def _against_notebook(lines: Sequence[Line]) -> list[list[str]]:
+    """Of each card its ways, then those that none has run."""
+    own = [line for line in lines if line["table"] == "notebook"]
+    cards = dict.fromkeys(card_of(line) for line in own)
+    rows = [row for card in cards for row in _on_card(card, [line for line in own if card_of(line) == card])]
+    tried = {line["way"] for line in own}
+    return rows + [[words, "", "not run"] for way, words in WAYS.items() if way not in tried]
+
+
+def _on_card(card: str, lines: Sequence[Line]) -> list[list[str]]:
     [run] = [run.name for run in runs_of("llama2-sql-mix")]
     theirs = _found(lines, "notebook", run, "notebook")
     rows = []
     for way, words in WAYS.items():
         line = _found(lines, "notebook", run, way)
-        missing = _missing(line)
-        if line is None or missing:
-            rows.append([words, str(missing)])
+        if line is None:
+            continue
+        if missing := _missing(line):
+            rows.append([words, card, missing])
             continue
         against = ["", ""]
         if way != "notebook" and theirs and not _missing(theirs):
@@ -113,13 +123,13 @@ def _against_notebook(lines: Sequence[Line]) -> list[list[str]]:
         rows.append(
             [
                 words,
+                card,
                 f"{line['steps']} of {line['steps in all']}" if stopped else str(line["steps"]),
                 f"{line['tokens']:,}",
                 _shown(whole(line), ",.0f") + (" extrapolated" if stopped and whole(line) else ""),
                 *_speeds(line),
                 f"{line['allocated GiB']:.1f}",
                 *against,
-                "; ".join(line["computed by"]),
             ]
         )
     return rows
@@ -150,12 +160,16 @@ def whole(line: Line) -> float | None:
     return line["seconds of the job"] + missing * (line["seconds a step"] or 0)
 
 
+def _measured_on(lines: Sequence[Line]) -> str:
+    return f"Random weights and tokens; {machine(lines)}" if lines else NOTHING
+
+
 def with_tables(page: str, lines: Sequence[Line]) -> str:
     """The page with its tables made anew."""
     for table, text in tables(lines).items():
         own = [line for line in lines if line["table"] == table]
         begin = f"<!-- {table}: made by benchmarks/gpu/experiments_table.py from benchmarks/gpu/experiments.jsonl -->"
-        page = with_block(page, begin, f"<!-- end of {table} -->", f"{text}\n\n{machine(own) if own else NOTHING}")
+        page = with_block(page, begin, f"<!-- end of {table} -->", f"{text}\n\n{_measured_on(own)}")
     return page
 
 

@@ -1,9 +1,12 @@
 """How others train the same: TRL, TRL packed, a notebook's way, Unsloth."""
 
 import argparse
+import importlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from clock import Clock, callback
 
@@ -12,7 +15,7 @@ Build = Callable[[dict[str, Any]], Any]  # a trainer, of the arguments that all 
 
 
 def trained(given: argparse.Namespace, clock: Clock, build: Build) -> Figures:
-    """Train, and count the tokens: those of the attention mask, or the labels where there is none."""
+    """Train, and count the tokens that are no padding."""
     counts: list[Any] = []
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build(
@@ -42,15 +45,35 @@ def count_tokens(trainer: Any, counts: list[Any]) -> None:
     original = trainer.training_step
 
     def step(model: Any, inputs: Any, *args: Any, **rest: Any) -> Any:
-        mask = inputs.get("attention_mask")
-        counts.append(mask.sum() if mask is not None and mask.dim() == 2 else (inputs["labels"] != -100).sum())
+        counts.append(tokens_of(inputs))
         return original(model, inputs, *args, **rest)
 
     trainer.training_step = step
 
 
+def tokens_of(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The tokens of a batch that are no padding: its mask's; without one, all of rows that TRL laid end to end.
+
+    Its labels would be fewer: TRL leaves out the first of each document.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        return mask.sum()
+    if "position_ids" not in inputs:
+        raise ValueError(f"the padding of a batch of {', '.join(inputs)} cannot be told")
+    return torch.tensor(inputs["input_ids"].numel())
+
+
+def need_flash_attention(way: str) -> None:
+    """End in one line where there is no FlashAttention, with which these ways are measured: they go on without it."""
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as missing:
+        raise SystemExit(f"{way}: it is measured with FlashAttention, which cannot be imported: {missing}") from None
+
+
 def trl(given: argparse.Namespace, clock: Clock) -> Figures:
-    """TRL as it comes: rows padded to the longest of their batch."""
+    """TRL, rows padded to the longest of their batch. Checkpointing, TRL's default, is as the plan says."""
     network, tokenizer = _loaded(given)
 
     def build(common: dict[str, Any]) -> Any:
@@ -69,6 +92,7 @@ def trl(given: argparse.Namespace, clock: Clock) -> Figures:
 
 def trl_packed(given: argparse.Namespace, clock: Clock) -> Figures:
     """TRL with packed rows, FlashAttention over them, and Liger's norm, RoPE and MLP; its loss is in tiles already."""
+    need_flash_attention("trl-packed")
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     network, tokenizer = _loaded(given, attn_implementation="flash_attention_2")
@@ -114,6 +138,7 @@ def notebook_trainer(given: argparse.Namespace, common: dict[str, Any], **option
 
 def unsloth(given: argparse.Namespace, clock: Clock) -> Figures:
     """Unsloth, packed by TRL."""
+    need_flash_attention("unsloth")
     from unsloth import FastLanguageModel  # isort: skip (it changes what is imported after it)
     from trl import SFTConfig, SFTTrainer
 
@@ -148,7 +173,6 @@ def unsloth(given: argparse.Namespace, clock: Clock) -> Figures:
 
 
 def _loaded(given: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from shapes import let_falcon_be_quantised

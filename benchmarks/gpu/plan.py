@@ -42,18 +42,29 @@ def _packed(name: str, shape: str) -> tuple[Group, ...]:
     )
 
 
+_PADDED = (Way("trl", 8), Way("notebook", 2, checkpointing=True))  # TRL without the checkpointing that is its default
+
 PLAN = (
     *_packed("Llama-2-7B", "llama-2-7b"),
     Group(
         "Llama-2-7B, mixed lengths",
         "llama-2-7b",
         "mixed",
-        (*_alike("ours unsloth trl-packed", 4), Way("trl", 8), Way("notebook", 2, checkpointing=True)),
+        (*_alike("ours unsloth trl-packed", 4), *_PADDED),
+    ),
+    Group(
+        "Llama-2-7B, mixed lengths, checkpointing",
+        "llama-2-7b",
+        "mixed",
+        (*_alike("ours unsloth", 4, True), Way("trl", 8, checkpointing=True)),
     ),
     Group("Llama-2-7B, 1 × 2,048, checkpointing", "llama-2-7b", "full", _alike("ours", 1, True), steps=66),
     Group("Llama-2-7B, 1 × 2,048, FP8", "llama-2-7b", "full", _alike("ours-fp8 ours", 1), steps=66),
+    Group("Llama-2-7B, 1 × 2,048, plain loop", "llama-2-7b", "full", _alike("ours ours-loop", 1), steps=66),
     *_packed("Mistral-7B", "mistral-7b"),
+    Group("Mistral-7B, 1 × 2,048, checkpointing", "mistral-7b", "full", _alike("ours", 1, True), steps=66),
     Group("Mistral-7B, mixed lengths", "mistral-7b", "mixed", _alike("ours unsloth trl-packed", 4)),
+    Group("Mistral-7B, mixed lengths, padded peers", "mistral-7b", "mixed", (*_alike("ours", 4), *_PADDED)),
     Group("Gemma-7B, 4 × 2,048", "gemma-7b", "full", _alike("ours trl-packed", 4)),
     Group(
         "Falcon-7B, mixed lengths, checkpointing",  # packing would mix its documents; its attention keeps all scores

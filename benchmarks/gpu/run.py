@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,20 +22,24 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from plan import PLAN, Group, Way
-from table import Line, lines_of, table
+from table import Line, lines_of, with_conditions
 
 HERE = Path(__file__).parent
 ROUNDS = 3
+EVERY = 1.0  # seconds between two looks at the GPU while it is measured
 GUESS = 90.0  # seconds of a measurement before one was seen
 LIMIT = 240.0  # seconds of a measurement, so that one that hangs leaves time for others
-PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth")
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth", "flash-attn")
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
 }
+Sample = tuple[float, dict[str, str]]  # a time of Unix, and what gpu() said then
 Measure = Callable[[Group, Way, float], Line]  # within so many seconds; the figures, or {"failed": why}
 
 
@@ -115,12 +120,17 @@ def measure_on_gpu(models: Path, group: Group, way: Way, seconds: float) -> Line
 
 
 def figures_of(arguments: Sequence[str], seconds: float) -> Line:
-    """The JSON object that a process prints, and how long it took; {"failed": why} where it fails."""
+    """The JSON object that a process prints, and how long it took; {"failed": why} where it fails.
+
+    Where it says when it was `timed`, how fast the GPU ran then.
+    """
     started = time.monotonic()
     found: Line
     try:
-        printed = _call(arguments, seconds).splitlines()
-        found = json.loads([line for line in printed if line.startswith('{"')][-1])  # peers print too
+        printed, samples = _call(arguments, seconds)
+        found = json.loads([line for line in printed.splitlines() if line.startswith('{"')][-1])  # peers print too
+        if "timed" in found:
+            found["gpu during"] = typical(samples, *found["timed"])
     except subprocess.TimeoutExpired as late:
         found = {"failed": f"cut off after {late.timeout:.0f} s"}
     except subprocess.CalledProcessError as failure:
@@ -130,26 +140,53 @@ def figures_of(arguments: Sequence[str], seconds: float) -> Line:
     return {**found, "wall seconds": round(time.monotonic() - started, 1)}
 
 
-def _call(arguments: Sequence[str], seconds: float) -> str:
-    with tempfile.TemporaryDirectory() as scratch:  # peers leave files where they run
-        done = subprocess.run(
+def _call(arguments: Sequence[str], seconds: float) -> tuple[str, list[Sample]]:
+    """What a process prints, and the GPU as it runs, looked at from here."""
+    started, limit = time.monotonic(), max(seconds, 1)
+    samples: list[Sample] = []
+    with (
+        tempfile.TemporaryDirectory() as scratch,  # peers leave files where they run
+        subprocess.Popen(
             arguments,
             cwd=scratch,
             env={**os.environ, **OFFLINE},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=max(seconds, 1),
-            check=True,
-        )
-    return done.stdout
+        ) as process,
+    ):
+        try:
+            while process.returncode is None:
+                try:
+                    out, err = process.communicate(timeout=EVERY)
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() - started > limit:
+                        raise subprocess.TimeoutExpired(arguments, limit) from None
+                    samples.append((time.time(), gpu()))
+        finally:
+            process.kill()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, arguments, out, err)
+    return out, samples
+
+
+def typical(samples: Sequence[Sample], began: float, ended: float) -> dict[str, float]:
+    """Medians of SM clock (MHz) and power (W) over the samples between two times; {} where the GPU told none."""
+    within = [found for when, found in samples if began <= when <= ended]
+    medians: dict[str, float] = {}
+    for name, field in {"SM clock MHz": "clocks.sm", "power W": "power.draw"}.items():
+        told = [float(found[field].split()[0]) for found in within if found.get(field, "")[:1].isdigit()]
+        if told:
+            medians |= {name: statistics.median(told), "samples": len(told)}
+    return medians
 
 
 def gpu() -> dict[str, str]:
-    """Name, SM clock, power and its limit, and temperature of the GPU in use, as nvidia-smi says; {} without it."""
+    """Name, driver, SM clock, power, its limit, temperature of the GPU in use, as nvidia-smi says; {} without it."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     if not shutil.which("nvidia-smi") or not first:
         return {}
-    fields = "name,clocks.sm,power.draw,power.limit,temperature.gpu"
+    fields = "name,clocks.sm,power.draw,power.limit,temperature.gpu,driver_version"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={first.split(',')[0]}"]
     answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     return dict(zip(fields.split(","), answer.strip().split(", "), strict=True))
@@ -169,11 +206,12 @@ def software() -> Line:
 
 
 def versions() -> dict[str, str]:
-    """What is installed of the packages that decide the speed."""
+    """What is installed of the packages that decide the speed, and torch's CUDA."""
     installed = {
         found.name.lower().replace("_", "-"): found.version for found in metadata.distributions() if found.name
     }
-    return {name: installed[name] for name in PACKAGES if name in installed}
+    cuda = {"CUDA": torch.version.cuda} if torch.version.cuda else {}
+    return {name: installed[name] for name in PACKAGES if name in installed} | cuda
 
 
 def main() -> None:
@@ -206,7 +244,7 @@ def main() -> None:
             line["group"], line["way"], line.get("failed") or f"{line['tokens per second']:,.0f} tokens/s", flush=True
         )
         new.append(line)
-    print(table(PLAN, before + new))
+    print(with_conditions(PLAN, before + new))
 
 
 if __name__ == "__main__":

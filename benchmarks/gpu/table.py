@@ -44,7 +44,7 @@ def _ratio(stints: Sequence[Sequence[float]]) -> str:
 
 
 def table(plan: Sequence[Group], lines: Sequence[Line]) -> str:
-    """All of the plan as Markdown: median (range) of the repeats; what failed or was not run says so."""
+    """All of the plan as Markdown: medians of the processes; what failed or was not run says so."""
     rows = ["| same work | " + HEAD.replace(", ", " | ") + " |", "|---" * 9 + "|"]
     for group in plan:
         own = [line for line in lines if line["group"] == group.title]
@@ -59,16 +59,17 @@ def _cells(group: Group, way: Way, lines: Sequence[Line]) -> list[str]:
     found = [line for line in found if card_of(line) == card_of(found[-1])]  # speeds of two cards have no median
     if not found:
         return [name, f"failed: {mine[-1]['failed']}".replace("|", "/") if mine else "not run", *[""] * 6]
-    speeds = [speed for line in found for speed in line.get("repeats") or [line["tokens per second"]]]
+    speeds = [line["tokens per second"] for line in found]  # each process's own median
+    repeats = [speed for line in found for speed in line.get("repeats") or [line["tokens per second"]]]
     first = group.ways[0]
     same = [line for line in lines if "failed" in line or card_of(line) == card_of(found[0])]
     against = [] if way == first else ratios(same, first.name, way.name)
     return [
         name,
-        _spread(speeds, ",.0f"),
+        f"{statistics.median(speeds):,.0f} ({_range(repeats)})",
         f"{statistics.median(line['seconds a step'] for line in found):.3f}",
         *(f"{max(line[f'{kind} GiB'] for line in found):.1f}" for kind in ("allocated", "reserved")),
-        f"{len(speeds)} in {len(found)} process{'es' if len(found) > 1 else ''}",
+        f"{len(repeats)} in {len(found)} process{'es' if len(found) > 1 else ''}",
         card_of(found[0]),
         _ratio(against),
     ]
@@ -84,28 +85,40 @@ def _measured(lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if "failed" not in line]
 
 
-def _spread(values: Sequence[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):,.0f}–{max(values):,.0f}"
 
 
 def conditions(lines: Sequence[Line]) -> str:
     """In how many stints it was measured, on what and with what."""
     stints = len({line["stint"] for line in lines})
-    return f"{stints} stint{'s' if stints > 1 else ''} on {machine(lines)}"
+    return f"Random weights and tokens; {stints} stint{'s' if stints > 1 else ''} on {machine(lines)}"
 
 
 def machine(lines: Sequence[Line]) -> str:
-    """What it was measured on and with, and how fast the GPU ran at the end of each measurement.
+    """What it was measured on and with, and how fast the GPU ran meanwhile.
 
-    The repository's commit is named where lines have it.
+    Driver and commit are named where lines have them.
     """
     after = [line["gpu after"] for line in lines if line["gpu after"]]
     gpus = sorted({f"{gpu['name']} (limit {gpu['power.limit']})" for gpu in after})
+    drivers = sorted({f"driver {gpu['driver_version']}" for gpu in after if "driver_version" in gpu})
     packages = sorted({f"{name} {version}" for line in lines for name, version in line["versions"].items()})
-    clocks = [float(gpu["clocks.sm"].split()[0]) for gpu in after]
-    clock = f"SM clock at the end {_spread(clocks, ',.0f')} MHz" if clocks else "no GPU"
     commits = sorted({f"commit {line['commit'][:10]}" for line in lines if line.get("commit")})
-    return "; ".join([*gpus, clock, ", ".join(packages), *commits]) + "."
+    return "; ".join([*(gpus or ["no GPU"]), *_pace(lines), *drivers, ", ".join(packages), *commits]) + "."
+
+
+def _pace(lines: Sequence[Line]) -> list[str]:
+    """SM clock and power while it was measured; of lines without them the clock afterwards, so named."""
+    during = [line["gpu during"] for line in lines if line.get("gpu during")]
+    later = [line["gpu after"]["clocks.sm"] for line in lines if line["gpu after"] and not line.get("gpu during")]
+    said = []
+    for kind, unit in (("SM clock", "MHz"), ("power", "W")):
+        values = [found[f"{kind} {unit}"] for found in during if f"{kind} {unit}" in found]
+        if values:
+            said.append(f"{kind} while measured {statistics.median(values):,.0f} ({_range(values)}) {unit}")
+    clocks = [float(clock.split()[0]) for clock in later]
+    return said + ([f"SM clock afterwards, not while measured: {_range(clocks)} MHz"] if clocks else [])
 
 
 def with_block(page: str, begin: str, end: str, text: str) -> str:
@@ -115,10 +128,14 @@ def with_block(page: str, begin: str, end: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
+def with_conditions(plan: Sequence[Group], lines: Sequence[Line]) -> str:
+    """The table, and below it what it was measured on."""
+    return f"{table(plan, lines)}\n\n{conditions(lines) if lines else NOTHING}"
+
+
 def with_table(page: str, lines: Sequence[Line]) -> str:
     """The page with its table made anew."""
-    found = conditions(lines) if lines else NOTHING
-    return with_block(page, BEGIN, END, f"{table(PLAN, lines)}\n\n{found}")
+    return with_block(page, BEGIN, END, with_conditions(PLAN, lines))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import clock
 import one
+import peers
 import run
 from clock import Clock
 from ours import loop
@@ -169,13 +171,20 @@ def test_the_page_says_what_was_measured_on() -> None:
         {**line("ours", 1, 0, 9), "gpu after": {**about, "clocks.sm": f"{clock} MHz"}, "versions": {"torch": "2.11.0"}}
         for clock in (1500, 1980, 1700)
     ]
-    said = "1 stint on A card (limit 700 W); SM clock at the end 1,700 (1,500–1,980) MHz; torch 2.11.0"
+    card = "Random weights and tokens; 1 stint on A card (limit 700 W)"
+    said = f"{card}; SM clock afterwards, not while measured: 1,500–1,980 MHz; torch 2.11.0"
     assert conditions(lines) == f"{said}."
     named = [
         *lines[:1],
         *({**found, "commit": commit} for found, commit in zip(lines[1:], ("a" * 40, None), strict=True)),
     ]
     assert conditions(named) == f"{said}; commit aaaaaaaaaa."
+    lines[0]["gpu after"]["driver_version"] = "570.1"
+    for found, pace in zip(lines[:2], (1500.0, 1700.0), strict=True):
+        found["gpu during"] = {"SM clock MHz": pace, "power W": 690.0, "samples": 8}
+    pace = "SM clock while measured 1,600 (1,500–1,700) MHz; power while measured 690 (690–690) W"
+    later = "SM clock afterwards, not while measured: 1,700–1,700 MHz; driver 570.1; torch 2.11.0"
+    assert conditions(lines) == f"{card}; {pace}; {later}."
 
 
 def test_the_commit_is_what_a_copy_is_told_or_the_repositorys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +214,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder where a model lies, and a GPU that says its clock."""
     (tmp_path / "models/tiny/rows-mixed").mkdir(parents=True)
     (tmp_path / "models/tiny/rows-mixed/card.json").touch()
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'A card, 1980 MHz, 300.12 W, 700.00 W, 40'\n")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'A card, 1980 MHz, 300.12 W, 700.00 W, 40, 570.1'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     return tmp_path
@@ -216,14 +225,15 @@ def python(code: str) -> list[str]:
 
 
 def test_a_clock_gives_each_repeat_and_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 10.0, 12.0, 16.0, 17.0])
-    monkeypatch.setattr(clock.time, "monotonic", lambda: next(now))
+    now, unix = iter([0.0, 10.0, 12.0, 16.0, 17.0]), iter([5010.0, 5012.0, 5016.0, 5017.0])
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: next(now), time=lambda: next(unix)))
     found = Clock(2, 8, 3)
     for step in range(1, 9):
         found.at(step)
     figures = found.result([torch.tensor([count]) for count in (99, 99, 10, 10, 10, 30, 5, 5)])
     assert figures["repeats"] == [10.0, 10.0, 10.0]
     assert (figures["tokens per second"], figures["seconds a step"], figures["start-up seconds"]) == (10.0, 1.0, 10.0)
+    assert figures["timed"] == [5010.0, 5017.0]
     with pytest.raises(ValueError, match="7 steps after the warm-up are not 3 times as many"):
         Clock(1, 8, 3)
 
@@ -252,10 +262,10 @@ def test_figures_of_two_cards_are_not_mixed() -> None:
     assert shown[3].endswith("| H200 | 3.00 × (1 round) |")
 
 
-def test_repeats_of_a_process_are_counted_one_by_one() -> None:
+def test_a_process_counts_once_in_the_medians_and_its_repeats_are_the_range() -> None:
     lines = [line("ours", 1, 0, 100, repeats=[90, 100, 130]), line("trl", 1, 0, 50, repeats=[40, 50, 60])]
-    shown = table([PAIR], [*lines, line("ours", 1, 1, 400)]).splitlines()
-    assert shown[2].startswith("| pair | ours | 115 (90–400) | 0.500 | 5.0 | 6.0 | 4 in 2 processes | H100 |")
+    shown = table([PAIR], [*lines, line("ours", 1, 1, 400, **{"seconds a step": 0.2})]).splitlines()
+    assert shown[2].startswith("| pair | ours | 250 (90–400) | 0.350 | 5.0 | 6.0 | 4 in 2 processes | H100 |")
     assert shown[3].endswith("| 3 in 1 process | H100 | 2.00 × (1 round) |")
 
 
@@ -281,7 +291,8 @@ def test_results_are_written_one_by_one_and_gone_on_from(
         run, "command", lambda *_: python(f"print('noise'); print('''{json.dumps(FIGURES)}'''); print('bye')")
     )
     old, new = machine / "old.jsonl", machine / "new.jsonl"
-    old.write_text(json.dumps(line("ours", 1, 0, 7, **{"wall seconds": 1})) + "\n")
+    about = {"wall seconds": 1, "gpu after": run.gpu(), "versions": run.versions()}
+    old.write_text(json.dumps(line("ours", 1, 0, 7, **about)) + "\n")
     options = ["--models", str(machine / "models"), "--out", str(new), "--resume", str(old)]
     monkeypatch.setattr(sys, "argv", ["run.py", *options])
     run.main()
@@ -291,7 +302,53 @@ def test_results_are_written_one_by_one_and_gone_on_from(
     assert lines[1]["gpu after"]["clocks.sm"] == "1980 MHz"
     assert "torch" in lines[1]["versions"]
     assert lines[1]["commit"] == run.commit()
-    assert "| pair | trl, batch 8 | 1,000 (1,000–1,000) |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| pair | trl, batch 8 | 1,000 (1,000–1,000) |" in printed
+    assert "Random weights and tokens; 2 stints on" in printed
+
+
+def test_the_gpu_is_looked_at_while_it_is_measured(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "EVERY", 0.05)
+    with (machine / "nvidia-smi").open("a") as script:
+        script.write(f"touch {machine}/looked\n")
+    until = f"import pathlib, time\nwhile not pathlib.Path('{machine}/looked').exists(): time.sleep(0.01)\n"
+    found = run.figures_of(python(until + """print('{"timed": [0, 1e12]}')"""), 60.0)
+    assert found["gpu during"] | {"samples": 0} == {"SM clock MHz": 1980.0, "power W": 300.12, "samples": 0}
+    assert found["gpu during"]["samples"] >= 1
+
+
+def test_only_what_the_gpu_told_between_two_times_counts() -> None:
+    told = [
+        (when, {"clocks.sm": f"{clock} MHz", "power.draw": "[N/A]"}) for when, clock in enumerate((345, 9, 8, 7, 1))
+    ]
+    assert run.typical([*told, (2.5, {})], 1.0, 3.0) == {"SM clock MHz": 8.0, "samples": 3}
+    assert run.typical(told, 10.0, 11.0) == {}
+
+
+@pytest.mark.parametrize("laid", ["end to end", "padded"])
+def test_the_tokens_of_trls_batches_are_counted_without_padding(laid: str) -> None:
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=laid == "end to end")
+    batch = collate([{"input_ids": [5, 6, 7, 8, 9], "seq_lengths": [2, 3]}, {"input_ids": [4, 3], "seq_lengths": [2]}])
+    counts: list[torch.Tensor] = []
+    trainer = SimpleNamespace(training_step=lambda *_: 0)
+    peers.count_tokens(trainer, counts)
+    trainer.training_step(None, batch)
+    assert [int(count) for count in counts] == [7]
+
+
+def test_padding_that_cannot_be_told_is_no_count() -> None:
+    with pytest.raises(ValueError, match="the padding of a batch of input_ids, labels cannot be told"):
+        peers.tokens_of({"input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3)})
+
+
+@pytest.mark.parametrize("way", ["unsloth", "trl_packed"])
+def test_peers_are_not_measured_without_flash_attention(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    given: Any = SimpleNamespace(folder=tmp_path, way=way)
+    with pytest.raises(SystemExit, match=f"^{way.replace('_', '-')}: it is measured with FlashAttention, which cannot"):
+        getattr(peers, way)(given, Clock(1, 2))
 
 
 def test_a_measurement_that_hangs_leaves_time_for_others(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,5 +400,6 @@ def test_a_machine_without_a_gpu_is_told_as_one(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run.gpu() == {}
     assert (
-        conditions([{"stint": 1, "gpu after": run.gpu(), "versions": {"torch": "2"}}]) == "1 stint on no GPU; torch 2."
+        conditions([{"stint": 1, "gpu after": run.gpu(), "versions": {"torch": "2"}}])
+        == "Random weights and tokens; 1 stint on no GPU; torch 2."
     )

@@ -16,7 +16,7 @@ import experiments
 import merge
 import shapes
 from base import make_base
-from experiments import Task, plan, wanted
+from experiments import Task, on_card, plan, wanted
 from experiments_table import EXPERIMENTS_RESULTS, WAYS, tables, with_tables
 from lengths import LENGTHS, drawn_rows, measured
 from overlays import EXPERIMENTS, ROOT, configured, runs_of
@@ -31,7 +31,9 @@ FIGURES = {
     **{"seconds of the job": 62.0, "steps": 20, "steps in all": 20, "tokens": 9000, "dtype": None},
     **{"seconds before the first step": 31.0, "seconds a step": 0.5, "tokens per second": 1000.0},
     **{"allocated GiB": 5.0, "reserved GiB": 6.0, "computed by": ["attention: sdpa", "batches packed"]},
+    "gpu after": {"name": "NVIDIA H100 80GB HBM3"},
 }
+OTHER = {"gpu after": {"name": "NVIDIA H200"}}
 
 
 def line(table: str, run: str, way: str, **more: Any) -> Line:
@@ -127,10 +129,9 @@ def test_a_notebook_that_was_stopped_is_extrapolated_and_ours_is_compared_with_i
         line("notebook", "llama2-sql-mix", "notebook", **theirs),
         line("notebook", "llama2-sql-mix", "ours-rows", **{"seconds of the job": 60.0, "tokens per second": 8000.0}),
     ]
-    assert cells("notebook", lines, "a notebook's way")[1:4] == ["50 of 200", "9,000", "420 extrapolated"]
-    computed = "attention: sdpa; batches packed"
-    assert cells("notebook", lines, "ours, the same rows once")[-3:] == ["8.0 ×", "7.0 ×", computed]
-    assert cells("notebook", lines[1:], "ours, the same rows once")[-3:] == ["", "", computed]
+    assert cells("notebook", lines, "a notebook's way")[1:5] == ["H100", "50 of 200", "9,000", "420 extrapolated"]
+    assert cells("notebook", lines, "ours, the same rows once")[-2:] == ["8.0 ×", "7.0 ×"]
+    assert cells("notebook", lines[1:], "ours, the same rows once")[-2:] == ["", ""]
 
 
 def test_a_job_that_ended_in_its_warm_up_has_no_speed_and_no_ratio() -> None:
@@ -138,8 +139,28 @@ def test_a_job_that_ended_in_its_warm_up_has_no_speed_and_no_ratio() -> None:
     assert cells("runs", [line("runs", "phi-2", "ours", **ended)], "open-models | phi-2")[4:6] == ["–", "–"]
     theirs, ours = (line("notebook", "llama2-sql-mix", way) for way in ("notebook", "ours"))
     for lines in ([theirs | ended, ours], [theirs, ours | ended]):
-        assert cells("notebook", lines, "ours, as many")[-3:-1] == ["–", "–"]
-    assert cells("notebook", [theirs | ended], "a notebook's way")[3:6] == ["–", "–", "–"]
+        assert cells("notebook", lines, "ours, as many")[-2:] == ["–", "–"]
+    assert cells("notebook", [theirs | ended], "a notebook's way")[4:7] == ["–", "–", "–"]
+
+
+def test_a_job_is_compared_with_the_notebook_on_its_own_card() -> None:
+    about = {"experiment": "llama2-sql-mix"}
+    lines = [
+        line("notebook", "llama2-sql-mix", "notebook", **about),
+        line("notebook", "llama2-sql-mix", "ours-rows", **about, **{"tokens per second": 3000.0}),
+        line("notebook", "llama2-sql-mix", "ours-rows", **about, **{"tokens per second": 9000.0}, **OTHER),
+        {"table": "notebook", "run": "llama2-sql-mix", "way": "ours", "failed": "cut off", **OTHER},
+    ]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in tables(lines)["notebook"].splitlines()[2:]]
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        *((WAYS["notebook"], "H100", "20"), (WAYS["ours-rows"], "H100", "20")),
+        *((WAYS["ours-rows"], "H200", "20"), (WAYS["ours"], "H200", "failed: cut off")),
+        (WAYS["ours-steps"], "", "not run"),
+    ]
+    assert [row[-2] for row in rows[:3]] == ["", "3.0 ×", ""]
+    assert [task.way for task in wanted(plan("notebook", 9), on_card(lines, "H200"), [])] == [
+        *("notebook", "ours-steps", "ours"),
+    ]
 
 
 def test_a_merge_whose_chat_failed_still_has_its_figures() -> None:
