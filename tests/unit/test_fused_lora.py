@@ -29,6 +29,8 @@ DEVICE = os.environ.get("QLORA_TEST_DEVICE", "cpu")
 HALF = {**QUANTIZATION, "compute_dtype": "bfloat16"}
 EXACT = {**QUANTIZATION, "compute_dtype": "float32"}
 IDS = torch.arange(6, 46).view(2, 20)
+# The others differ from these in their tokenizers.
+DISTINCT = "falcon gemma gemma2 gemma3 llama llama2 llama3 mistral phi-2 phi3 qwen2.5 qwen3".split()
 Found = tuple[torch.Tensor, list[torch.Tensor]]
 
 
@@ -74,6 +76,14 @@ def loss_and_gradients(network: PeftModel) -> Found:
     return loss.detach(), list(torch.autograd.grad(loss, weights))
 
 
+def token_losses(network: PeftModel) -> torch.Tensor:
+    """Of each token of the same rows, in nats, without gradients."""
+    half = network.get_base_model().dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+        logits = network(input_ids=IDS.to(DEVICE)).logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, IDS[:, 1:].flatten().to(DEVICE), reduction="none")
+
+
 def distance(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     """‖found − exact‖ / ‖exact‖ over all tensors."""
     difference = sum(float((one.float() - other).square().sum()) for one, other in zip(found, exact, strict=True))
@@ -96,22 +106,27 @@ def test_loss_and_gradients_are_those_of_peft(family: str, tmp_path: Path) -> No
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "phi-2"])
+@pytest.mark.parametrize("family", DISTINCT)
 def test_in_bfloat16_it_is_as_near_to_float32_as_peft_is(family: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)
     rounded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     rounded.float().save_pretrained(base)  # so that both are quantised from the same numbers
-    plain, fused = adapted(base, HALF), adapted(base, HALF)
+    attention = FAMILIES[family].attention
+    exact, plain, fused = (adapted(base, settings, attention) for settings in (EXACT, HALF, HALF))
     fuse(fused)
-    exact = adapted(base, EXACT)
-    errors = []
+    losses, gradients = [], []
     for seed in range(8):
         for network in (exact, plain, fused):
             learn_at_random(network, seed)
-        _, truth = loss_and_gradients(exact)
-        errors.append([distance(loss_and_gradients(network)[1], truth) for network in (plain, fused)])
-    of_peft, ours = (sum(column) for column in zip(*errors, strict=True))
-    assert 0 < ours < 1.05 * of_peft < 8 * 0.2
+        loss, truth = token_losses(exact), loss_and_gradients(exact)[1]
+        losses.append([distance([token_losses(network)], [loss]) for network in (plain, fused)])
+        gradients.append([distance(loss_and_gradients(network)[1], truth) for network in (plain, fused)])
+    # On a CPU the gradients' error is 0.81 to 0.93 of PEFT's over the families, that of the tokens' losses 0.80 to
+    # 1.00, and 0.58 to 1.34 for a seed alone: 5% for the noise that eight of them leave in the losses. On a GPU
+    # adapters are added to the weights, which rounds elsewhere: 5% for both.
+    for errors, allowed in ((gradients, 1.0 if DEVICE == "cpu" else 1.05), (losses, 1.05)):
+        of_peft, ours = (sum(column) for column in zip(*errors, strict=True))
+        assert 0 < ours < allowed * of_peft < 8 * 0.2
 
 
 def test_gradients_add_up_over_two_passes(tmp_path: Path) -> None:
