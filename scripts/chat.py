@@ -33,7 +33,7 @@ from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl
 from qlora.generation import greedy
 from qlora.models import load_quantized, set_threads
-from qlora.pretrained import loaded
+from qlora.pretrained import loaded, runs_own_code
 from qlora.render import Format, load_tokenizer, padding_id, prompt_ids, rows_of, stop_ids, tokenized
 
 SOURCES = Path("results/sources/models")
@@ -114,6 +114,7 @@ def load(options: argparse.Namespace) -> Partner:
         folder = options.run / "merged"
         if not folder.is_dir():
             raise UserError(f"{folder} is not there; make it: snakemake --cores all {folder}")
+        check_code(folder, {})
         network: Any = loaded(
             AutoModelForCausalLM.from_pretrained,
             folder,
@@ -124,6 +125,7 @@ def load(options: argparse.Namespace) -> Partner:
     else:
         folder = options.base or SOURCES / run["model"]
         check_base(folder, run)
+        check_code(folder, entry["source"])
         base = load_quantized(folder, run["settings"]["quantization"], device, entry["attention"])
         network = PeftModel.from_pretrained(base, options.run / "adapter")
     return Partner(network.eval(), load_tokenizer(folder), form, entry["system"], options.max_new_tokens)
@@ -144,6 +146,12 @@ def registered(run: Mapping[str, Any], overlays: Sequence[Path]) -> tuple[Mappin
         )
     entry = full["models"][run["model"]]
     return entry, full["formats"][entry["format"]] if entry["format"] else None
+
+
+def check_code(folder: Path, source: Mapping[str, Any]) -> None:
+    """Raise UserError where a model's folder has code that may run, and its `source` in the config allows none."""
+    if runs_own_code(folder) and read_json(folder / "source.json")["source"] != source:
+        raise UserError(f"{folder}: brings code that the config does not allow; see remote_code in docs/hub.md")
 
 
 def check_base(folder: Path, run: Mapping[str, Any]) -> None:

@@ -132,6 +132,10 @@ def _needed(snapshot: Path, kind: str, name: str, source: Mapping[str, Any], pat
             f"{where} has no safetensors; pickled weights run code when they are loaded and are never taken:"
             " choose a revision or a repository that has safetensors"
         )
+    if source.get("remote_code") and not any(file.suffix == ".py" for file in files):
+        raise UserError(
+            f"{where}: no code (.py) came with it; leave out 'remote_code', or fetch it where there is a network"
+        )
     if not files:
         raise UserError(f"{where} has no file like {', '.join(patterns)}; mend the source or 'files'")
     return files

@@ -30,6 +30,7 @@ from table import Line, lines_of, with_conditions
 HERE = Path(__file__).parent
 ROUNDS = 3
 EVERY = 1.0  # seconds between two looks at the GPU while it is measured
+PATIENCE = 5.0  # seconds for a look
 GUESS = 90.0  # seconds of a measurement before one was seen
 LIMIT = 240.0  # seconds of a measurement, so that one that hangs leaves time for others
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth", "flash-attn")
@@ -182,14 +183,18 @@ def typical(samples: Sequence[Sample], began: float, ended: float) -> dict[str, 
 
 
 def gpu() -> dict[str, str]:
-    """Name, driver, SM clock, power, its limit, temperature of the GPU in use, as nvidia-smi says; {} without it."""
+    """Name, driver, SM clock, power, its limit, temperature of the GPU in use, nvidia-smi says; {} where it fails."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     if not shutil.which("nvidia-smi") or not first:
         return {}
     fields = "name,clocks.sm,power.draw,power.limit,temperature.gpu,driver_version"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={first.split(',')[0]}"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return dict(zip(fields.split(","), answer.strip().split(", "), strict=True))
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return {}  # it only looks: what is measured goes on
+    told = answer.strip().split(", ")
+    return dict(zip(fields.split(","), told, strict=True)) if len(told) == len(fields.split(",")) else {}
 
 
 def commit() -> str | None:

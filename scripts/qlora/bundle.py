@@ -166,15 +166,17 @@ def _loading(subject: Subject, address: str, merged: bool) -> str:
     rendered = "Prompts are rendered by the tokenizer's chat template."
     if subject.form is not None:
         rendered = f"Prompts are rendered as {json.dumps(subject.form['user'])}, the answer follows."
+    code = ", trust_remote_code=True" if subject.run["pins"]["model"]["source"].get("remote_code") else ""
+    pin = f', revision="{subject.revision}"{code}' if subject.revision else ""
     load = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{address}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{subject.base}"{pin})'
+        if code
+        else f'tokenizer = AutoTokenizer.from_pretrained("{address}")',
         f'model = AutoModelForCausalLM.from_pretrained("{address}", dtype="auto")',
     ]
     if not merged:
-        pin = f', revision="{subject.revision}"' if subject.revision else ""
-        pin += ", trust_remote_code=True" if subject.run["pins"]["model"]["source"].get("remote_code") else ""
         quantization = subject.run["settings"]["quantization"]
         load = [
             *("import torch", "from peft import PeftModel"),

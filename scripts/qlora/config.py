@@ -163,8 +163,12 @@ def _check_sources(config: Mapping[str, Any]) -> None:
             given = [kind for kind in kinds if kind in item["source"]]
             if len(given) != 1:
                 raise UserError(f"config: {registry}.{name}.source: give exactly one of {', '.join(kinds)}")
-            if "remote_code" in item["source"] and given != ["hub"]:
-                raise UserError(f"config: {registry}.{name}.source.remote_code: goes with 'hub' alone; leave it out")
+            allowed = item["source"].get("remote_code")
+            if allowed and (given != ["hub"] or allowed != item["source"].get("revision")):
+                raise UserError(
+                    f"config: {registry}.{name}.source.remote_code: goes with 'hub', and is the commit that 'revision'"
+                    " is; read the code of that commit, or leave it out"
+                )
     for name, dataset in config["datasets"].items():
         _check_mapping(f"datasets.{name}", dataset)
         if dataset["task"] == "sql" and "database" not in dataset:

@@ -25,7 +25,7 @@ NEVER = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle"),  # would run code when they are loaded
     "source.json",  # the name of our own record beside the files
 )
-CODE = "*.py"  # of a model whose source says `remote_code: true`, and of no other
+CODE = "*.py"  # of a model whose source has `remote_code`, and of no other
 
 
 def is_commit(revision: str) -> bool:

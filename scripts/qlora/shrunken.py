@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from qlora.errors import UserError
-from qlora.files import write_source_record
+from qlora.files import read_json, write_source_record
 from qlora.pretrained import loaded, model_config, runs_own_code
 
 LAYERS = 2
@@ -81,5 +81,5 @@ def shrunken_model(folder: Path, target: Path) -> Path:
         network = network_of(small)
     network.save_pretrained(target)
     if runs_own_code(folder):
-        write_source_record(target, {"remote_code": True})
+        write_source_record(target, read_json(folder / "source.json")["source"])
     return target

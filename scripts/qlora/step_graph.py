@@ -75,6 +75,7 @@ class StepGraph:
     def _let_recordings_go(self) -> None:
         """Before a larger step, which would lie beside their memory; once it is recorded they are again, within its.
 
+        Smaller steps between its eager ones are recorded, and let go, meanwhile: a larger size costs up to three times.
         After steps of 1, 2, 3 and 4 packs of 2,048 tokens, in this order, 50 GiB would be reserved for Llama-2-7B;
         after those of 4 alone it is 32.
         """

@@ -175,9 +175,10 @@ def test_the_card_computes_in_what_the_run_computed_in(run, wanted, device, code
 
 def test_a_base_that_was_allowed_its_own_code_is_loaded_with_it(run):
     told = subject(run)
-    told.run["pins"]["model"]["source"]["remote_code"] = True
+    told.run["pins"]["model"]["source"]["remote_code"] = "a" * 40
     made = loading_code(card(told, "owner/llama", drift=None))
     assert f'"owner/base", revision="{"a" * 40}", trust_remote_code=True, dtype=dtype' in made
+    assert f'AutoTokenizer.from_pretrained("owner/base", revision="{"a" * 40}", trust_remote_code=True)' in made
     compile(made, "card", "exec")
 
 

@@ -317,6 +317,18 @@ def test_the_gpu_is_looked_at_while_it_is_measured(machine: Path, monkeypatch: p
     assert found["gpu during"]["samples"] >= 1
 
 
+@pytest.mark.parametrize("fault", ["exit 9", "echo", "exec sleep 60"])
+def test_a_look_at_the_gpu_that_fails_leaves_the_measurement_alone(
+    fault: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "EVERY", 0.05)
+    monkeypatch.setattr(run, "PATIENCE", 0.2)
+    (machine / "nvidia-smi").write_text(f"#!/bin/sh\ntouch {machine}/looked\n{fault}\n")
+    until = f"import pathlib, time\nwhile not pathlib.Path('{machine}/looked').exists(): time.sleep(0.01)\n"
+    found = run.figures_of(python(until + """print('{"timed": [0, 1e12]}')"""), 60.0)
+    assert found["gpu during"] == run.gpu() == {}
+
+
 def test_only_what_the_gpu_told_between_two_times_counts() -> None:
     told = [
         (when, {"clocks.sm": f"{clock} MHz", "power.draw": "[N/A]"}) for when, clock in enumerate((345, 9, 8, 7, 1))

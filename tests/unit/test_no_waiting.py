@@ -1,4 +1,4 @@
-"""A micro-step asks a device for no value: on a CPU, over batches and attention as on a GPU, whatever asks is refused."""
+"""A micro-step asks a device for no value: on a CPU, over batches and attention as on a GPU, what asks is refused."""
 
 from collections import Counter
 from pathlib import Path
@@ -69,7 +69,7 @@ class Counted(NoWaiting):
 
 
 class NoMoving(TorchFunctionMode):
-    """Refuses what takes a tensor to the host, or a number to the device."""
+    """Refuses what takes a tensor to the host, or a number to the device; not `to` and `copy_`, which serve both ways."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in MOVED:

@@ -285,7 +285,7 @@ def test_code_that_comes_with_a_model_is_neither_asked_about_nor_fetched(
         preflight(base)
     assert str(caught.value) == (
         f"{base}: its architecture needs code that comes with it; name a model of a family that transformers knows in"
-        " models.base.source, or read that code and, if you trust it, add `remote_code: true`"
+        " models.base.source, or read that code and, if you trust it, add its commit as `remote_code`"
     )
     assert answers.tell() == 0, "asked on the terminal"
     assert not hub.requests

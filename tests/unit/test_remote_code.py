@@ -1,15 +1,17 @@
-"""Code that comes with a model: fetched and run where its source says `remote_code: true`, and nowhere else."""
+"""Code that comes with a model: fetched and run where its source names the commit for that, and nowhere else."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub_server import HubServer
-from test_config import SMALL
+from test_config import COMMIT, SMALL
 from tiny_models import FORM, QUANTIZATION, make_base, make_preflight, make_rows, make_tokens, train
 from transformers import AutoTokenizer, dynamic_module_utils
 
+from chat import check_code
 from download_source import download_source
 from merge_adapter import merge_adapter
 from predict_rows import predict_rows
@@ -47,6 +49,10 @@ def published(hub: HubServer, tmp_path: Path, code: bytes = CODE, names: dict[st
     return {"hub": "owner/own", "revision": hub.add("owner/own", {**files, "own.py": code})}
 
 
+def allowed(source: dict[str, Any]) -> dict[str, Any]:
+    return {**source, "remote_code": source["revision"]}
+
+
 def downloaded(source: dict[str, Any], folder: Path) -> Path:
     download_source(folder, "models", folder.name, source, needed_files("models", {"source": source}))
     return folder
@@ -59,13 +65,13 @@ def test_it_is_neither_fetched_nor_run_where_nobody_allows_it(hub: HubServer, tm
         make_preflight(base)
     assert str(caught.value) == (
         f"{base}: its architecture needs code that comes with it; name a model of a family that transformers knows in"
-        " models.own.source, or read that code and, if you trust it, add `remote_code: true`"
+        " models.own.source, or read that code and, if you trust it, add its commit as `remote_code`"
     )
     assert not [request for request in hub.requests if "own.py" in request.path]
 
 
 def test_a_model_that_is_allowed_its_code_is_trained_and_asked(hub: HubServer, tmp_path: Path) -> None:
-    base = downloaded({**published(hub, tmp_path), "remote_code": True}, tmp_path / "own")
+    base = downloaded(allowed(published(hub, tmp_path)), tmp_path / "own")
     report = make_preflight(base)
     assert read_json(report)["class"] == "OwnForCausalLM"
     dataset = make_rows(tmp_path)
@@ -84,7 +90,7 @@ def test_a_model_that_is_allowed_its_code_is_trained_and_asked(hub: HubServer, t
 
 @pytest.mark.parametrize("file", ["own.py", "config.json"])
 def test_code_is_not_run_once_it_or_what_names_it_was_changed(file: str, hub: HubServer, tmp_path: Path) -> None:
-    base = downloaded({**published(hub, tmp_path), "remote_code": True}, tmp_path / "own")
+    base = downloaded(allowed(published(hub, tmp_path)), tmp_path / "own")
     content = (base / file).read_bytes()
     (base / file).unlink()  # a link to the hub's cache
     (base / file).write_bytes(content.replace(b"Own", b"Its"))
@@ -92,30 +98,83 @@ def test_code_is_not_run_once_it_or_what_names_it_was_changed(file: str, hub: Hu
         make_preflight(base)
 
 
-@pytest.mark.parametrize("config", ["config.json", "tokenizer_config.json"])
-def test_code_of_another_repository_is_not_fetched(config: str, hub: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["more.py", "custom_generate/generate.py"])
+def test_code_that_was_not_downloaded_is_not_run(name: str, hub: HubServer, tmp_path: Path) -> None:
+    base = downloaded(allowed(published(hub, tmp_path)), tmp_path / "own")
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_text("raise SystemExit('this ran')")
+    with pytest.raises(UserError, match=rf"own/{name}: this code was not downloaded with the model; take it away"):
+        make_preflight(base)
+
+
+ELSEWHERE = "owner/code--own.It"
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        {"config.json": {"auto_map": {"AutoConfig": ELSEWHERE}}},
+        {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": [None, ELSEWHERE]}}},
+        {"tokenizer_config.json": {"auto_map": [None, ELSEWHERE]}},  # as it once was written
+        {
+            "config.json": {"configuration_files": ["config.4.0.0.json"]},  # read in its place from that version on
+            "config.4.0.0.json": {"auto_map": {"AutoConfig": ELSEWHERE}},
+        },
+    ],
+)
+def test_code_of_another_repository_is_not_fetched(configs: dict[str, Any], hub: HubServer, tmp_path: Path) -> None:
     hub.add("owner/code", {"own.py": b"raise SystemExit('this ran')"})
     made = published(hub, tmp_path)
     files = dict(hub.repositories["owner/own"].commits[made["revision"]])
-    given = read_json(tmp_path / "made" / config)
-    names = (
-        {"AutoTokenizer": [None, "owner/code--own.It"]} if "token" in config else {"AutoConfig": "owner/code--own.It"}
-    )
-    write_json(tmp_path / config, {**given, "auto_map": names})
-    files[config] = (tmp_path / config).read_bytes()
-    source = {"hub": "owner/own", "revision": hub.add("owner/own", files), "remote_code": True}
-    base = downloaded(source, tmp_path / "own")
+    for name, changed in configs.items():
+        files[name] = json.dumps({**json.loads(files.get(name, b"{}")), **changed}).encode()
+    base = downloaded(allowed({"hub": "owner/own", "revision": hub.add("owner/own", files)}), tmp_path / "own")
     hub.requests.clear()
-    with pytest.raises(UserError, match=rf"own/{config}: names code of another repository, owner/code--own\.It, of"):
+    named = rf"own/{list(configs)[-1]}: names code of another repository, owner/code--own\.It, of which no commit is"
+    with pytest.raises(UserError, match=named):
         loaded(AutoTokenizer.from_pretrained, base)
     assert not hub.requests
 
 
-@pytest.mark.parametrize("other", [{"path": "folder", "sha256": "0" * 64}, {"build": {"architecture": "llama"}}])
-def test_it_is_allowed_for_a_repository_of_the_hub_alone(other: dict[str, Any]) -> None:
+def test_a_download_without_the_code_that_is_allowed_is_refused(hub: HubServer, tmp_path: Path) -> None:
+    made = published(hub, tmp_path)
+    files = dict(hub.repositories["owner/own"].commits[made["revision"]])
+    del files["own.py"]
+    source = allowed({"hub": "owner/own", "revision": hub.add("owner/own", files)})
+    with pytest.raises(
+        UserError, match=r"no code \(\.py\) came with it; leave out 'remote_code', or fetch it where there is"
+    ):
+        downloaded(source, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_chat_runs_no_code_that_the_config_does_not_allow(hub: HubServer, tmp_path: Path) -> None:
+    source = allowed(published(hub, tmp_path))
+    base = downloaded(source, tmp_path / "own")
+    check_code(base, source)
+    without = {key: value for key, value in source.items() if key != "remote_code"}
+    for other in (without, {}, allowed({**source, "revision": "0" * 40})):
+        with pytest.raises(UserError, match=r"own: brings code that the config does not allow; see remote_code in"):
+            check_code(base, other)
+    check_code(downloaded(without, tmp_path / "plain"), {})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"hub": "owner/big", "revision": "1" * 40},  # an overlay's, over an entry that allowed another
+        {"hub": "owner/big", "revision": "main"},
+        {"hub": "owner/big"},
+        {"path": "folder", "sha256": "0" * 64},
+        {"build": {"architecture": "llama"}},
+    ],
+)
+def test_it_is_allowed_for_one_commit_of_the_hub_alone(other: dict[str, Any]) -> None:
     config = copy.deepcopy(SMALL)
-    config["models"]["big"]["source"]["remote_code"] = True
-    assert checked_config(config)["models"]["big"]["source"]["remote_code"]
-    config["models"]["big"]["source"] = {**other, "remote_code": True}
-    with pytest.raises(UserError, match=r"^config: models\.big\.source\.remote_code: goes with 'hub' alone; leave it"):
+    config["models"]["big"]["source"]["remote_code"] = COMMIT
+    assert checked_config(config)["models"]["big"]["source"]["remote_code"] == COMMIT
+    config["models"]["big"]["source"] = {**other, "remote_code": COMMIT}
+    with pytest.raises(
+        UserError, match=r"^config: models\.big\.source\.remote_code: goes with 'hub', and is the commit"
+    ):
         checked_config(config)

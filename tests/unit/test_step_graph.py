@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora.step_graph import StepGraph
+from qlora.step_graph import EAGER, StepGraph
 
 
 class Graph:
@@ -108,6 +108,12 @@ def test_no_smaller_recording_lies_beneath_the_largest_whatever_the_order(record
     assert notes.index("recorded 8") == notes.index("waited") + 1
     assert notes[-3:] == ["recorded 4", "replayed 4", "replayed 8"]
     assert list(recorder.graph.captured) == sorted(recorder.graph.captured, key=lambda shape: -shape[0][1][1])
+
+
+def test_a_larger_size_lets_recordings_go_at_most_before_each_of_its_first_steps(recorder: Recorder) -> None:
+    notes = recorder.run([2] * 3 + [4] * 3 + [6] * 3 + [8, 2, 4, 6] * 4)
+    assert notes.count("waited") <= 3 * (EAGER + 1)
+    assert len(recorder.graph.captured) == 4
 
 
 def test_gradients_that_were_dropped_begin_at_zero(recorder: Recorder) -> None:
