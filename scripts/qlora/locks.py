@@ -53,8 +53,10 @@ def _holder(path: Path) -> str | None:
     """The first process that has a file open, in words; None where none is seen."""
     for process in psutil.process_iter():
         try:
-            if any(Path(file.path) == path.resolve() for file in process.open_files()):
-                return f"process {process.pid} ({' '.join(process.cmdline()[1:])})"
+            held = any(Path(file.path) == path.resolve() for file in process.open_files())
+            words = process.cmdline()  # none of a process that is ending just now
+            if held and words:
+                return f"process {process.pid} ({' '.join(words[1:])})"
         except psutil.Error:  # it ended just now, or is another user's
             continue
     return None

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -65,6 +66,19 @@ def test_a_killed_holder_lets_go_and_its_living_child_does_not(tmp_path: Path) -
     os.kill(child, signal.SIGKILL)
     while Path(f"/proc/{child}/fd").exists() and any(Path(f"/proc/{child}/fd").iterdir()):
         pass
+    locked(path).close()
+
+
+def test_a_holder_without_a_command_is_ending_just_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lock"
+    holder = locked(path)
+
+    def command() -> list[str]:
+        holder.close()
+        return []
+
+    ending = SimpleNamespace(pid=1, open_files=lambda: [SimpleNamespace(path=str(path))], cmdline=command)
+    monkeypatch.setattr(qlora.locks.psutil, "process_iter", lambda: [ending])
     locked(path).close()
 
 
