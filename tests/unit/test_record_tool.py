@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 from base64 import urlsafe_b64encode
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,19 +165,21 @@ def test_dvc_lock_is_written_anew_and_stays_where_that_fails(tmp_path, before, f
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """A function after which no byte can be written, until the test ends."""
+    """No byte can be written meanwhile; not until the test ends, since pytest may write into a file itself."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_dvc_lock_comes_back_where_nothing_can_be_written(tmp_path, full_disk):
+def test_dvc_lock_comes_back_where_nothing_can_be_written(tmp_path):
     path = tmp_path / "dvc.lock"
     path.write_text("old")
-    with suppress(UserError), anew(path):
-        full_disk()
+    with full_disk(), suppress(UserError), anew(path):
         raise UserError(NO_SPACE)
     assert path.read_text() == "old"
 
