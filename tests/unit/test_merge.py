@@ -213,5 +213,5 @@ def test_memory_grows_by_about_a_shard_however_large_the_model(tmp_path: Path) -
         options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         peaks[layers] = watched([sys.executable, str(SCRIPTS / "merge_adapter.py"), *options], tmp_path / "log")
     grown = (peaks[20]["anonymous GiB"] - peaks[1]["anonymous GiB"]) * 2**30
-    # A shard that is written, and copies of the weight at work; the base in 4 bits would be three shards more.
-    assert grown < 3 * shard < size / 4, peaks
+    # A shard that is written, and copies of the weight at work; the base in 4 bits would be three shards.
+    assert grown < 2 * shard < size / 6, peaks
