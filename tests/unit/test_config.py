@@ -8,7 +8,7 @@ import pytest
 import yaml
 from snakemake.utils import update_config
 
-from qlora.config import SCHEMA, check_pinned, checked_config, laid_over, results_folder
+from qlora.config import check_pinned, checked_config, laid_over, results_folder
 from qlora.errors import UserError
 from qlora.files import sha256_of
 
@@ -313,55 +313,6 @@ def test_unpinned_local_source_is_refused_with_the_line_that_pins_it(tmp_path):
     assert message == f"config: datasets.notes.source: not pinned; add 'sha256: {sha256_of(path)}'"
     line = message.split("'")[1]
     check_pinned("datasets", "notes", {"path": str(path), **yaml.safe_load(line)})
-
-
-def schema_properties(schema: dict[str, Any], where: str = "") -> Any:
-    """(place, property, whether it is required) of every key of the schema, references followed."""
-    if "$ref" in schema:
-        return
-    for key, item in schema.get("properties", {}).items():
-        yield f"{where}{key}", item, key in schema.get("required", [])
-        yield from schema_properties(item, f"{where}{key}.")
-    if isinstance(schema.get("additionalProperties"), dict):
-        yield from schema_properties(schema["additionalProperties"], f"{where}*.")
-
-
-def all_properties() -> list[tuple[str, dict[str, Any], bool]]:
-    root = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
-    found = list(schema_properties(root))
-    for name, item in root["$defs"].items():
-        found += schema_properties(item, f"{name}: ")
-    resolved = []
-    for place, item, required in found:
-        referred = root["$defs"][item["$ref"].rsplit("/", 1)[1]] if "$ref" in item else {}
-        resolved.append((place, {**referred, **item}, required))
-    return resolved
-
-
-# Left out, these stand for "not given": a dataset or a source of another kind, a split without a file or a limit.
-MAY_BE_ABSENT = (
-    "model: source.", "dataset: source.", "dataset: files", "dataset: limit.", "dataset: database",
-    "dataset: labels", "dataset: prompt", "dataset: completion", "dataset: system", "dataset: messages", "dataset: llama2_text",
-    "dataset: slice", "dataset: labels",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("place", "item", "required"), all_properties(), ids=[row[0] for row in all_properties()])
-def test_every_key_of_the_schema_says_what_it_is(place, item, required):
-    assert "type" in item or "enum" in item
-    assert item.get("description", "").strip(), f"{SCHEMA.name}: {place} has no description"
-    assert required or "default" in item or place.startswith(MAY_BE_ABSENT), f"{SCHEMA.name}: {place} has no default"
-
-
-def test_every_mapping_of_the_schema_is_closed():
-    def walk(item: Any, where: str) -> None:
-        if isinstance(item, dict):
-            if item.get("type") == "object" and "properties" in item:
-                assert item.get("additionalProperties") is False, f"{where} takes any key"
-            for key, value in item.items():
-                walk(value, f"{where}.{key}")
-
-    walk(yaml.safe_load(SCHEMA.read_text(encoding="utf-8")), "schema")
 
 
 def as_snakemake_merges(overlay: Path | None) -> dict[str, Any]:
