@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,27 +84,37 @@ def format_dataset(source: Path, dataset: Path, name: str, settings: Mapping[str
 
 
 def split_files(source: Path, name: str, patterns: Mapping[str, str] | None) -> dict[str, list[Path]]:
-    """The files of each split inside a source: by glob, or the single file as training rows."""
+    """The files of each split inside a source: by glob, as the download reads it, or the single file as training rows.
+
+    `*` stands for anything, `/` too (`fnmatch`).
+    """
     record = source / "source.json"  # written by the download, no data
+    files = [path for path in files_below(source) if path != record]
     if patterns is None:
-        files = [path for path in files_below(source) if path != record]
         if len(files) != 1:
             raise UserError(
                 f"config: datasets.{name}: its source has {len(files)} files; say with 'files' which split is which"
             )
         return {"train": files}
-    found = {split: sorted(set(source.glob(pattern)) - {record}) for split, pattern in patterns.items()}
+    found = {
+        split: [path for path in files if fnmatch(_place(path, source), pattern)] for split, pattern in patterns.items()
+    }
     owner: dict[Path, str] = {}
     for split, paths in found.items():
         if not paths:
             raise UserError(f"config: datasets.{name}.files.{split}: nothing in {source} matches '{patterns[split]}'")
         for path in paths:
             if owner.setdefault(path, split) != split:
-                where = path.relative_to(source)
                 raise UserError(
-                    f"config: datasets.{name}.files: {where} is in {owner[path]} and in {split}; choose one"
+                    f"config: datasets.{name}.files: {_place(path, source)} is in {owner[path]} and in {split};"
+                    " choose one"
                 )
     return found
+
+
+def _place(path: Path, source: Path) -> str:
+    """Where a file lies in its source, which may be the file itself."""
+    return path.relative_to(source).as_posix() if path != source else path.name
 
 
 def _copied_database(source: Path, folder: Path, dataset: Path, name: str, settings: Mapping[str, Any]) -> str | None:
@@ -123,7 +134,7 @@ def _read(
 ) -> Iterator[Row]:
     """All usable rows of a file in the canonical form; others are refused, or counted in `dropped`."""
     column = settings.get("database", {}).get("column")
-    where = path.relative_to(source) if path != source else Path(path.name)
+    where = _place(path, source)
     for number, given in read_rows(path):
         place = f"{where}, row {number}"
         messages = conversation(given, settings, place)
@@ -139,7 +150,7 @@ def _read(
         if "labels" in settings:
             check_label(messages[-1]["content"], settings["labels"], f"{place}, {_columns(settings, 'empty answer')}")
         row: dict[str, Any] = {
-            "id": f"{where.as_posix()}:{number}",
+            "id": f"{where}:{number}",
             "slice": column_text(given, settings["slice"], place) if "slice" in settings else "",
             "messages": messages,
         }

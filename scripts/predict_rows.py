@@ -97,6 +97,8 @@ def predict_rows(
             folder, subject, tokenizer, form, shots, max_new_tokens, context, system=system, overlong=overlong
         )
     ]
+    if silent := {folder.name for folder in datasets} - {question.dataset for question in asked}:
+        raise UserError(f"dataset '{min(silent)}': no test rows; give it a test file or a larger holdout.test")
     stops = stop_ids(tokenizer, form) | named_stops(network)
     answers = generate(network, asked, stops, padding_id(tokenizer), batch_size)
     likelihoods = answer_nll(network, asked, padding_id(tokenizer))
@@ -148,6 +150,8 @@ def questions(
     if room < 2:
         raise UserError(f"{folder.name}: answers of {limit} tokens leave no room for a prompt; lower max_new_tokens")
     examples = few_shot_examples(read_jsonl(folder / "train.jsonl"), shots) if shots else []
+    if shots and not examples:
+        raise UserError(f"{folder.name}: no training row for the few-shot baseline; take few_shot out of its baselines")
     left_out = cut = few_shot_cut = 0
 
     def rendered(messages: Sequence[Message]) -> Tokens:

@@ -17,6 +17,7 @@ from qlora.metrics import METRICS
 from qlora.results import Record, read_table
 
 LONGEST_TEXT = 2_000  # characters of a prompt or an answer that are shown
+EXAMPLES, SEED = 2, 0  # rows of each dataset and slice that are shown, and the seed of their choice
 IDENTITY = ("run", "adapter", "pins")  # topics of the provenance that say what a run is, and come first
 
 
@@ -34,8 +35,6 @@ def report_results(
     bootstraps: dict[str, dict[str, Any]],
     sources: list[dict[str, str]],
     title: str,
-    examples: int = 2,
-    seed: int = 0,
 ) -> None:
     """Write the report on all bases and runs.
 
@@ -47,7 +46,6 @@ def report_results(
     templates: the page's template, and what it includes, in one folder.
     bootstraps: samples, seed and level of the intervals by suite.
     sources: the base models and the datasets, with their licences.
-    examples, seed: how many rows of each dataset and slice are shown, and the seed of their choice.
     """
     table, differences = read_table(metrics), read_table(comparison)
     panels = findings.panels_of(table, differences)
@@ -60,8 +58,8 @@ def report_results(
         "tables": list(_grouped(table)),
         "curves": drawn,
         "axes": curves.axes_of(drawn),
-        "examples": list(chosen_examples(predictions, scores, datasets, table, examples, seed)),
-        "example_rule": {"count": examples, "seed": seed},
+        "examples": list(chosen_examples(predictions, scores, datasets, table)),
+        "example_rule": {"count": EXAMPLES, "seed": SEED},
         "cards": [*_cards("dataset", datasets), *_cards("mixture", mixtures)],
         "sources": sources,
         "objections": list(objections(sources)),
@@ -114,21 +112,21 @@ def chosen_examples(
     scores: Sequence[Path],
     datasets: Sequence[Path],
     metrics: Sequence[Record],
-    count: int,
-    seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """`count` test rows of each suite, dataset and slice, with the answers of each model: its base, then its runs.
+    """EXAMPLES test rows of each suite, dataset and slice, with the answers of each model: its base, then its runs.
 
-    Which rows is decided by a hash of the seed and the row's id, before any answer is looked at.
+    Which rows is decided by a hash of SEED and the row's id, before any answer is looked at.
     """
     primary = findings.primary_metrics(metrics)
-    models = {record["run"] or record["model"]: record["model"] for record in metrics}
+    models = {
+        ("tuned" if record["run"] else "base", record["run"] or record["model"]): record["model"] for record in metrics
+    }
     tests = {folder.name: list(read_jsonl(folder / "test.jsonl")) for folder in datasets}
     wanted = {
         (dataset, row["id"]): row
         for dataset, rows in tests.items()
         for part in dict.fromkeys(row["slice"] for row in rows)
-        for row in sorted((r for r in rows if r["slice"] == part), key=lambda r: _draw(seed, dataset, r["id"]))[:count]
+        for row in sorted((r for r in rows if r["slice"] == part), key=lambda r: _draw(dataset, r["id"]))[:EXAMPLES]
     }
     answers: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path, scored in zip(predictions, scores, strict=True):
@@ -139,7 +137,7 @@ def chosen_examples(
                 metric = primary[suite, answer["dataset"]]
                 score = values[kind, answer["dataset"], answer["id"]][metric]
                 answers.setdefault((suite, answer["dataset"], answer["id"]), []).append(
-                    {**answer, "name": name, "model": models[name], "metric": metric, "score": score}
+                    {**answer, "name": name, "model": models[kind, name], "metric": metric, "score": score}
                 )
     for (suite, dataset, id_), given in answers.items():
         row = wanted[dataset, id_]
@@ -153,8 +151,8 @@ def chosen_examples(
         }
 
 
-def _draw(seed: int, dataset: str, id_: str) -> str:
-    return hashlib.sha256(f"{seed}:{dataset}:{id_}".encode()).hexdigest()
+def _draw(dataset: str, id_: str) -> str:
+    return hashlib.sha256(f"{SEED}:{dataset}:{id_}".encode()).hexdigest()
 
 
 def _cards(kind: str, folders: Sequence[Path]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -1,50 +1,51 @@
 """Write the results table of README.md from results/metrics.csv: `python tools/readme_results.py`."""
 
-import csv
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PRIMARY = ("execution_accuracy", "accuracy", "rouge_l", "number_match")
+sys.path.append(str(ROOT / "scripts"))
+
+from qlora.findings import interval_text, metric_name, panels_of  # noqa: E402 (scripts/ is no package)
+from qlora.results import Record, read_table  # noqa: E402
+
 SUBJECTS = {"base": "base", "few_shot": "base, 3 examples", "trivial": "trivial", "tuned": "tuned"}
 BEGIN, END = "<!-- results: made by tools/readme_results.py from results/metrics.csv -->", "<!-- end of results -->"
-Rows = list[dict[str, str]]
 
 
-def results_table(rows: Rows) -> str:
-    """The primary metric of each dataset and slice as a Markdown table, a line a model, with 95% intervals."""
-    cells = {
-        (row["model"], row["dataset"], row["slice"], row["subject"]): row for row in rows if row["metric"] in PRIMARY
-    }
-    places = dict.fromkeys((dataset, part, model) for model, dataset, part, _ in cells)
+def results_table(metrics: Sequence[Record]) -> str:
+    """The primary metric of each dataset and slice as a Markdown table, a line a run, with 95% intervals."""
     lines = [
-        "| test set | slice | metric | n | model | " + " | ".join(SUBJECTS.values()) + " |",
+        "| test set | slice | metric | n | run | " + " | ".join(SUBJECTS.values()) + " |",
         "|---" * (5 + len(SUBJECTS)) + "|",
     ]
-    for dataset, part, model in places:
-        found = {subject: cells.get((model, dataset, part, subject)) for subject in SUBJECTS}
-        known = next(row for row in found.values() if row)
-        shown = [_cell(row, subject == "tuned") if row else "–" for subject, row in found.items()]
-        metric = known["metric"].replace("_", " ").replace("rouge l", "ROUGE-L")
-        lines.append("| " + " | ".join([dataset, part.replace("_", " "), metric, known["n"], model, *shown]) + " |")
+    for panel in panels_of(metrics, []):
+        for part in panel.parts:
+            for line in part.lines:
+                marks = {name: interval_text(panel.metric, mark) for name, mark in line.marks.items()}
+                shown = [_strong(marks[name]) if name == "tuned" else marks.get(name, "–") for name in SUBJECTS]
+                place = [panel.dataset, part.name.replace("_", " "), metric_name(panel.metric), str(part.n), line.name]
+                lines.append("| " + " | ".join([*place, *shown]) + " |")
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, str], strong: bool) -> str:
-    value, low, high = (f"{float(row[key]):.2f}" for key in ("value", "ci_low", "ci_high"))
-    return f"**{value}** [{low}, {high}]" if strong else f"{value} [{low}, {high}]"
+def _strong(interval: str) -> str:
+    """An interval whose value is in bold."""
+    value, _, rest = interval.partition(" ")
+    return f"**{value}** {rest}"
 
 
-def with_results(readme: str, rows: Rows) -> str:
+def with_results(readme: str, metrics: Sequence[Record]) -> str:
     """The README with its table made anew."""
     between = re.compile(f"({re.escape(BEGIN)}).*({re.escape(END)})", re.DOTALL)
-    return between.sub(rf"\1\n{results_table(rows)}\n\2", readme)
+    return between.sub(rf"\1\n{results_table(metrics)}\n\2", readme)
 
 
-def read_metrics() -> Rows:
+def read_metrics() -> list[Record]:
     """The rows of results/metrics.csv."""
-    with (ROOT / "results/metrics.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_table(ROOT / "results/metrics.csv")
 
 
 if __name__ == "__main__":

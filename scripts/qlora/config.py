@@ -31,6 +31,7 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     full: dict[str, Any] = _with_defaults(schema, schema, config)
     _check_sources(full)
     _check_references(full)
+    _check_suites(full)
     full = with_locked_commits(full, read_lock(LOCK))
     full["runs"] = [_run_with_its_recipe(schema, full, run) for run in full["runs"]]
     for name, recipe in full["recipes"].items():
@@ -87,6 +88,8 @@ def _in_one_line(error: jsonschema.ValidationError, where: str) -> str:
     if error.validator == "type":
         wanted = rule if isinstance(rule, str) else " or ".join(rule)
         return f"{place}: {reprlib.repr(value)} is of the wrong type; it must be {wanted}{_hint(value, wanted)}"
+    if error.validator == "pattern":
+        return f"{place}: {reprlib.repr(value)} is not {schema['title']}"
     return f"{place}: {error.message}"
 
 
@@ -154,6 +157,23 @@ def _references(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]
     for name, model in config["models"].items():
         if model["format"]:
             yield "model", name, "formats", model["format"]
+
+
+def _check_suites(config: Mapping[str, Any]) -> None:
+    """Raise UserError where a suite needs rows of a split that its dataset cannot have."""
+    for name, suite in config["suites"].items():
+        for dataset in suite["datasets"]:
+            files, held = config["datasets"][dataset].get("files", {"train"}), config["datasets"][dataset]["holdout"]
+            if "test" not in files and not ("train" in files and held["test"]):
+                raise UserError(
+                    f"config: suites.{name}: dataset '{dataset}' has no test rows; give it files.test, or a"
+                    " holdout.test above 0, or take it out of the suite"
+                )
+            if "train" not in files and suite["baselines"]:
+                raise UserError(
+                    f"config: suites.{name}: the baselines need training rows of dataset '{dataset}', which has none;"
+                    " set baselines: [] for its suite"
+                )
 
 
 def _check_sources(config: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +159,14 @@ def make_run(folder: Path, run: str, model: str, seed: int) -> None:
                 writer.writerow([step, step / 375, "", f"{loss + 0.06:.4f}", "", "", step * 1160])
 
 
-def make_results(root: Path, rows: int = 8) -> dict[str, Any]:
+def make_results(
+    root: Path, rows: int = 8, runs: Sequence[str] = ("tiny-llama-s1", "tiny-mistral-s1")
+) -> dict[str, Any]:
     """Everything that the report is made of, below `root`, as its inputs by name."""
     tests = make_datasets(root, rows)
     files: dict[str, list[Path]] = {"predictions": [], "scores": [], "tables": [], "records": [], "training_logs": []}
     datasets = [root / "datasets" / name for name in DATASETS]
-    for number, model in enumerate(MODELS):
-        run = f"{model}-s1"
+    for number, (model, run) in enumerate(zip(MODELS, runs, strict=True)):
         make_run(root / "runs" / run, run, model, number)
         files["records"].append(root / "runs" / run / "run.json")
         files["training_logs"].append(root / "runs" / run / "training_log.csv")

@@ -67,6 +67,34 @@ GOLDEN = {
         "config: runs.0: the key 'model' is missing; add it",
     ),
     "not a choice": ("device", "gpu", "config: device: 'gpu' is not one of auto, cpu, cuda; did you mean 'cpu'?"),
+    "a name that no folder has": (
+        "name",
+        "my data",
+        "config: name: 'my data' is not a name of letters, digits, '_', '.' and '-' that begins with a letter or a digit",
+    ),
+    "a database by another name": (
+        "datasets.notes.database",
+        {"file": "shop.db3"},
+        "config: datasets.notes.database.file: 'shop.db3' is not a file that ends in .db, .sqlite or .sqlite3",
+    ),
+    "a suite without test rows": (
+        "datasets.notes.holdout",
+        {"test": 0},
+        "config: suites.held-out: dataset 'notes' has no test rows; give it files.test, or a holdout.test above 0,"
+        " or take it out of the suite",
+    ),
+    "a suite without test rows or training rows": (
+        "datasets.notes.files",
+        {"validation": "notes.jsonl"},
+        "config: suites.held-out: dataset 'notes' has no test rows; give it files.test, or a holdout.test above 0,"
+        " or take it out of the suite",
+    ),
+    "baselines without training rows": (
+        "datasets.notes.files",
+        {"test": "notes.jsonl"},
+        "config: suites.held-out: the baselines need training rows of dataset 'notes', which has none;"
+        " set baselines: [] for its suite",
+    ),
     "wrong type": (
         "recipes.short.batch_size",
         "eight",

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from format_dataset import SPLITS, Row, format_dataset, held_out
+from format_dataset import SPLITS, Row, format_dataset, held_out, split_files
 from qlora.conversations import prompt_hash
 from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl
+from qlora.pins import needed_files
 
 SETTINGS: dict[str, Any] = {
     "source": {"path": "notes.jsonl", "sha256": "0" * 64},
@@ -110,6 +112,18 @@ def test_files_of_a_split_are_found_by_glob_and_read_in_order(tmp_path):
     put(source / "data" / "part-1.jsonl", notes([1]))
     rows, _ = formatted(source, files={"train": "data/*.jsonl", "test": "test.jsonl"}, holdout={"validation": 0})
     assert [row["id"] for row in rows["train"]] == ["data/part-1.jsonl:1", "data/part-2.jsonl:1"]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*train*", "*/train*", "**/*train*", "*[n]-1.jsonl", "data/*", "data/train-1.jsonl"]
+)
+def test_a_glob_finds_the_files_that_the_download_fetches_by_it(tmp_path, pattern):
+    files = ["train-0.jsonl", "test.jsonl", "data/train-1.jsonl", "data/more/train-2.jsonl"]
+    for number, file in enumerate(files):
+        put(tmp_path / "source" / file, notes([number]))
+    found = split_files(tmp_path / "source", "notes", {"train": pattern})["train"]
+    fetched = filter_repo_objects(sorted(files), allow_patterns=needed_files("datasets", {"files": {"train": pattern}}))
+    assert [path.relative_to(tmp_path / "source").as_posix() for path in found] == list(fetched)
 
 
 def test_single_file_needs_no_files_key_and_the_record_of_its_download_is_no_data(tmp_path):

@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "prompt": "{q}",
     "completion": "{a}",
     "task": "text",
-    "files": {"train": "train/**/*.*"},
+    "files": {"train": "train/*"},
     "limit": {},
     "unusable_rows": "drop",
     "licence": "MIT",

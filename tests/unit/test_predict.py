@@ -1,5 +1,6 @@
 """Prediction: greedy answers, few-shot prompts and likelihoods, held to slow plain references."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,26 @@ def test_a_row_a_test_row_and_subject(base: Path, dataset: Path, tmp_path: Path)
     assert [row["id"] for row in rows if row["subject"] == "few_shot"] == wanted
     assert all((row["nll"] is None) == (row["subject"] == "few_shot") for row in rows)
     assert all(row["nll"] > 0 and row["tokens"] > 1 for row in rows if row["subject"] == "base")
+
+
+@pytest.mark.parametrize(
+    ("split", "shots", "message"),
+    [
+        ("test", 0, "dataset 'none': no test rows; give it a test file or a larger holdout.test"),
+        ("train", 2, "none: no training row for the few-shot baseline; take few_shot out of its baselines"),
+    ],
+)
+def test_rows_that_are_not_there_are_told_before_anything_is_asked(
+    base: Path, dataset: Path, tmp_path: Path, split: str, shots: int, message: str
+) -> None:
+    shutil.copytree(dataset, tmp_path / "none")
+    (tmp_path / f"none/{split}.jsonl").write_text("")
+    with pytest.raises(UserError, match=f"^{message}$"):
+        predict_rows(
+            *(base, [dataset, tmp_path / "none"], tmp_path / "out.jsonl", None, None),
+            **(ASKED | {"shots": shots, "max_new_tokens": 8, "batch_size": 4}),
+        )
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_batched_and_single_answers_are_the_same(base: Path, dataset: Path) -> None:

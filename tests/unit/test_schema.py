@@ -55,3 +55,13 @@ def test_every_mapping_of_the_schema_is_closed():
                 walk(value, f"{where}.{key}")
 
     walk(yaml.safe_load(SCHEMA.read_text(encoding="utf-8")), "schema")
+
+
+def test_every_pattern_says_in_words_what_it_takes():
+    def walk(item: Any) -> None:
+        if isinstance(item, dict):
+            assert isinstance(item.get("title"), str) or not isinstance(item.get("pattern"), str), item
+        for inner in item.values() if isinstance(item, dict) else item if isinstance(item, list) else ():
+            walk(inner)
+
+    walk(yaml.safe_load(SCHEMA.read_text(encoding="utf-8")))
