@@ -163,7 +163,8 @@ def preflight_of(wildcards):
 def targets_of(wildcards):
     """What the runs of a model give adapters to, each once: so another run with the same targets changes no report.
 
-    Not `ancient` reports in other rules: Snakemake 9.27 then leaves out a new run's jobs while a preflight is due.
+    So no rule has to take the report as `ancient`, with which Snakemake 9.27 leaves out a new run's jobs while a
+    preflight is due.
     """
     wanted = [run["settings"]["lora"]["target_modules"] for run in RUNS.values() if run["model"] == wildcards.model]
     return [target for place, target in enumerate(wanted) if target not in wanted[:place]]

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.bootstrap import Bootstrap, Estimate, disjoint
+from qlora.bootstrap import Bootstrap, disjoint
 from qlora.errors import UserError
 from qlora.files import read_jsonl, write_json
+from qlora.findings import estimate_of
 from qlora.metrics import Columns, available, columns_of
 from qlora.results import (
     COMPARISON_COLUMNS,
@@ -67,7 +68,7 @@ def _columns(table: Path) -> list[str]:
 def in_order(records: Sequence[Record]) -> list[Record]:
     """Records by suite, dataset, model, subject, run, slice; each in the order in which it is first seen.
 
-    That is the order of the config, whose writer put the slices and runs side by side with a thought.
+    That is the order of the config, which is its author's choice.
     """
     keys = ("suite", "dataset", "model", "subject", "run", "slice")
     seen = {key: list(dict.fromkeys(record[key] for record in records)) for key in keys}
@@ -96,7 +97,7 @@ def _compared(
     if (model, suite) not in bases:
         raise UserError(f"run '{table[0]['run']}': no metrics of its base model '{model}' on the suite '{suite}'")
     base_table, base_path = bases[model, suite]
-    intervals = {_place(record): _estimate(record) for record in [*table, *base_table]}
+    intervals = {_place(record): estimate_of(record) for record in [*table, *base_table]}
     rows = _rows_by_id(path) | _rows_by_id(base_path)
     identity = {key: table[0][key] for key in (*IDENTITY, "suite")}
     for (subject, dataset, part), tuned in rows.items():
@@ -118,10 +119,6 @@ def _compared(
 
 def _place(record: Record) -> tuple[str, str, str, str]:
     return record["subject"], record["dataset"], record["slice"], record["metric"]
-
-
-def _estimate(record: Record) -> Estimate:
-    return Estimate(float(record["value"]), float(record["ci_low"]), float(record["ci_high"]), int(record["n"]))
 
 
 def _rows_by_id(path: Path) -> RowsById:

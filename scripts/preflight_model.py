@@ -239,11 +239,11 @@ def all_modules(network: PreTrainedModel, layers: int) -> dict[str, bool]:
 
 
 @torch.no_grad()
-def packing_difference(network: PreTrainedModel, positions: bool = True, mask: bool = False) -> float:
+def packing_difference(network: PreTrainedModel, positions: bool = True) -> float:
     """Largest difference between the logits of documents packed into one row and of each document alone.
 
-    Training gives positions that begin anew with each document and no mask. Without positions, or with a mask of ones,
-    documents see each other: what is left out or put in here for a control.
+    Training gives positions that begin anew with each document, and no mask. Without positions, which is the control,
+    documents see each other.
     """
     generator = torch.Generator().manual_seed(0)
     known = network.config.get_text_config().vocab_size
@@ -252,8 +252,6 @@ def packing_difference(network: PreTrainedModel, positions: bool = True, mask: b
     given = {"input_ids": torch.cat(documents, 1)}
     if positions:
         given["position_ids"] = torch.cat([torch.arange(length)[None] for length in LENGTHS], 1)
-    if mask:
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
     packed = network(**given, use_cache=False).logits
     return float((packed - torch.cat(alone, 1)).abs().max())
 

@@ -29,7 +29,8 @@ from qlora.locks import HELD  # noqa: E402
 
 LOCK = Path("results/lock.json")
 CONFIGS = ("config/models.yaml", "config/datasets.yaml", "config/config.yaml")  # each laid over the one before
-DECIDES_NOTHING = ("title", "finished_runs", "publish_to")  # of the config: none changes a file that the lock holds
+OUTWARD = ("publish_to", "publish_private", "publish_dry_run", "to", "merged")  # of `publish` and `export`
+DECIDES_NOTHING = ("title", "finished_runs", *OUTWARD)  # of the config: none changes a file that the lock holds
 # In run.json, from one making to the next.
 DIFFERS = {"seconds", "tokens per second", "peak memory in bytes", "hardware", "commit", "resumed from"}
 LEFT_OUT = "results/report"

@@ -31,19 +31,14 @@ def load_quantized(folder: Path, quantization: Mapping[str, Any], device: str, a
     `quantization` is the config's entry: type, double, compute_dtype. Raises UserError where no layer was quantised.
     """
     dtype = compute_dtype(quantization["compute_dtype"], device)
-    _use_plain_linear_in_falcon()
+    use_plain_linear_in_falcon()
     model = loaded(
         AutoModelForCausalLM.from_pretrained,
         folder,
         dtype=dtype,
         attn_implementation=attention,
         device_map={"": device},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization["type"],
-            bnb_4bit_use_double_quant=quantization["double"],
-            bnb_4bit_compute_dtype=dtype,
-        ),
+        quantization_config=in_4_bits(quantization, dtype),
     )
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if not layers:
@@ -57,7 +52,17 @@ def load_quantized(folder: Path, quantization: Mapping[str, Any], device: str, a
     return model
 
 
-def _use_plain_linear_in_falcon() -> None:
+def in_4_bits(quantization: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The config's entry (type, double) as transformers and bitsandbytes take it, with products in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization["type"],
+        bnb_4bit_use_double_quant=quantization["double"],
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def use_plain_linear_in_falcon() -> None:
     """Transformers quantises layers whose type is exactly nn.Linear, and Falcon's is a subclass that adds nothing."""
     modeling_falcon.FalconLinear = torch.nn.Linear  # type: ignore[misc, assignment]
 

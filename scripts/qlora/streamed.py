@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from qlora.errors import UserError
 from qlora.files import read_json
-from qlora.models import _use_plain_linear_in_falcon, compute_dtype
+from qlora.models import compute_dtype, in_4_bits, use_plain_linear_in_falcon
 from qlora.pretrained import loaded, model_config
 
 Weights = Iterator[tuple[str, torch.Tensor]]  # by the name that it has in the network
@@ -64,8 +64,8 @@ def merged_layer(layer: Any, weight: torch.Tensor, matrices: Mapping[str, torch.
     base = layer.get_base_layer()
     empty = {name: parameter.data for name, parameter in layer.named_parameters() if name in matrices}
     base.weight = torch.nn.Parameter(weight, requires_grad=False)
-    loaded = layer.load_state_dict({name: part.float() for name, part in matrices.items()}, strict=False, assign=True)
-    if absent := [name for name in loaded.missing_keys if name.startswith("lora_")]:
+    keys = layer.load_state_dict({name: part.float() for name, part in matrices.items()}, strict=False, assign=True)
+    if absent := [name for name in keys.missing_keys if name.startswith("lora_")]:
         # PEFT would add nothing, and say nothing.
         raise UserError(f"the adapter has no {absent[0]} for one of its layers; train its run anew")
     layer.merge(safe_merge=True)
@@ -89,20 +89,12 @@ def dequantized_weights(model: Path, quantization: Mapping[str, Any], device: st
 def rounding(
     network: PreTrainedModel, quantization: Mapping[str, Any], device: str
 ) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """Make layers of an empty network such of 4 bits; returns what makes a weight, by its name, what they compute with.
+    """Replace layers of an empty network by 4-bit ones; returns what makes of a weight, by its name, its rounded value.
 
-    transformers and bitsandbytes decide which are quantised, and how.
+    transformers and bitsandbytes decide which layers, and how. Other weights come out in the precision of the products.
     """
     dtype = compute_dtype(quantization["compute_dtype"], device)
-    quantizer = AutoHfQuantizer.from_config(
-        BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization["type"],
-            bnb_4bit_use_double_quant=quantization["double"],
-            bnb_4bit_compute_dtype=dtype,
-        ),
-        pre_quantized=False,
-    )
+    quantizer = AutoHfQuantizer.from_config(in_4_bits(quantization, dtype), pre_quantized=False)
     quantizer.preprocess_model(network, device_map={"": device})
     to_4_bits = Bnb4bitQuantize(quantizer)
 
@@ -166,7 +158,7 @@ def filled_network(
     model: Path, device: str, attention: str, changed: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> PreTrainedModel:
     """The network of a folder, with its buffers on the device, and its weights as `changed` gives them."""
-    _use_plain_linear_in_falcon()
+    use_plain_linear_in_falcon()
     config = model_config(model)
     with torch.device(device), init_empty_weights(include_buffers=False):
         network = loaded(AutoModelForCausalLM.from_config, config, dtype=config.dtype, attn_implementation=attention)
@@ -203,7 +195,7 @@ def named_weights(model: Path, network: PreTrainedModel) -> Weights:
 
 def empty_network(model: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The network of a model's config, whose weights have shapes alone."""
-    _use_plain_linear_in_falcon()
+    use_plain_linear_in_falcon()
     with torch.device("meta"):
         return loaded(AutoModelForCausalLM.from_config, model_config(model), dtype=dtype)
 

@@ -17,6 +17,7 @@ from datasets import Dataset
 from tiny_models import (
     FAMILIES,
     QUANTIZATION,
+    WithMask,
     layers_in_4_bits,
     make_base,
     make_preflight,
@@ -184,7 +185,7 @@ def test_packed_documents_have_the_logits_and_the_loss_of_the_documents_alone(fa
     assert packed == pytest.approx(alone, rel=1e-5)
     # the two traps: no positions, and a mask of ones, with which positions are not looked at
     assert packing_difference(network, positions=False) > MIXED
-    assert packing_difference(network, mask=True) > MIXED
+    assert packing_difference(WithMask(network)) > MIXED
 
 
 def test_falcon_mixes_packed_documents_whatever_is_done(tmp_path: Path) -> None:

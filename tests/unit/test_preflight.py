@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from hub_server import HubServer
-from tiny_models import FAMILIES, make_base
+from tiny_models import FAMILIES, WithMask, make_base
 from tokenizers_for_tests import real_tokenizer_folder
 
 import preflight_model as stage
@@ -139,7 +139,7 @@ def test_a_family_that_mixes_packed_documents_is_no_failure(tmp_path: Path, capl
 def test_a_mask_of_ones_lets_packed_documents_see_each_other(base: Path) -> None:
     network = stage.shrunken_network(base, "sdpa")
     assert stage.packing_difference(network) < stage.SAME
-    assert stage.packing_difference(network, mask=True) > stage.MIXED
+    assert stage.packing_difference(WithMask(network)) > stage.MIXED
     assert stage.packing_difference(network, positions=False) > stage.MIXED
 
 

@@ -124,7 +124,8 @@ def test_the_config_holds_what_decides_and_no_more(configured: Path) -> None:
     assert sorted(before["datasets"]) == ["label", "sql", "title"]
     config = yaml.safe_load((configured / "config/config.yaml").read_text(encoding="utf-8"))
     unused = {"source": {"build": {"architecture": "llama", "seed": 7}}, "format": "plain", "licence": "MIT"}
-    change(configured, "config.yaml", title="Another title", models={"unused": unused})
+    sent = {"publish_to": "you/demo", "publish_private": False, "publish_dry_run": True, "to": "/mnt", "merged": True}
+    change(configured, "config.yaml", title="Another title", models={"unused": unused}, **sent)
     assert deciding_config(configured) == before
     runs = [config["runs"][0] | {"seed": 2}, config["runs"][1]]
     change(configured, "config.yaml", runs=runs)

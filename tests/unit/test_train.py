@@ -308,7 +308,7 @@ def test_a_base_that_cannot_even_be_loaded_is_named(case: Case, name: str, gone:
 
 def test_a_model_of_which_nothing_is_quantised_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base(tmp_path, "falcon")
-    monkeypatch.setattr("qlora.models._use_plain_linear_in_falcon", lambda: None)
+    monkeypatch.setattr("qlora.models.use_plain_linear_in_falcon", lambda: None)
     monkeypatch.setattr(modeling_falcon, "FalconLinear", type("FalconLinear", (torch.nn.Linear,), {}))
     with pytest.raises(UserError, match="no layer was quantised"):
         load_quantized(base, QUANTIZATION, "cpu", "sdpa")

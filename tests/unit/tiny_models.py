@@ -239,3 +239,13 @@ def train(base: Path, tokens: Path, preflight: Path, folder: Path, attention: st
     finally:
         train_run.make_trainer = made
     return seen[0]
+
+
+class WithMask:
+    """A network that is given a mask of ones, with which documents of a packed row see each other."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.config = network, network.config
+
+    def __call__(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        return self.network(input_ids, attention_mask=torch.ones_like(input_ids), **given)
