@@ -26,7 +26,7 @@ def export_run(
     base: str,
     sources: list[dict[str, str]],
     form: Mapping[str, str] | None,
-    command: str,
+    commands: Mapping[str, str],
     merged: Path | None = None,
 ) -> None:
     """Copy a run into the folder named like it in `to`, and its merged model, where given, into merged/ in there.
@@ -36,7 +36,7 @@ def export_run(
     """
     if not to:
         raise UserError("export: say where to with --config to=FOLDER")
-    subject = subject_of(record, metrics, model, base, sources, form, command)
+    subject = subject_of(record, metrics, model, base, sources, form, commands)
     target = Path(to).expanduser().absolute() / subject.run["name"]
     check_replaceable(target)
     files = bundle(adapter, model, subject, str(target))

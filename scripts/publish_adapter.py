@@ -39,7 +39,7 @@ def publish_adapter(
     base: str,
     sources: list[dict[str, str]],
     form: Mapping[str, str] | None,
-    command: str,
+    commands: Mapping[str, str],
     private: bool,
     dry_run: bool,
 ) -> None:
@@ -50,7 +50,7 @@ def publish_adapter(
     """
     if not repository:
         raise UserError("publish: say where to with --config publish_to=owner/name")
-    subject = subject_of(record, metrics, model, base, sources, form, command)
+    subject = subject_of(record, metrics, model, base, sources, form, commands)
     files = bundle(weights, model, subject, repository)
     for line in objections(sources):
         log.warning("licence: %s", line)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outgoing import FORBIDDEN, MODEL, SOURCES, make_run
+from outgoing import COMMANDS, FORBIDDEN, MODEL, SOURCES, make_run
 
 import export_run as stage
 from export_run import export_run
@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> dict[str, Any]:
     return {
         **{"adapter": folder / "adapter", "model": folder / MODEL, "record": folder / "run.json"},
         **{"metrics": folder / "metrics.csv", "receipt": folder / "exported.json", "to": str(tmp_path / "to")},
-        **{"base": "owner/base", "sources": SOURCES, "form": None, "command": "snakemake"},
+        **{"base": "owner/base", "sources": SOURCES, "form": None, "commands": COMMANDS},
     }
 
 

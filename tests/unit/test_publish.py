@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hub_server import TOKEN, USER, HubServer
 from huggingface_hub import constants
-from outgoing import FORBIDDEN, MODEL, SOURCES, make_run
+from outgoing import COMMANDS, FORBIDDEN, MODEL, SOURCES, make_run
 
 import publish_adapter as stage
 from publish_adapter import publish_adapter
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> dict[str, Any]:
     return {
         **{"weights": folder / "adapter", "model": folder / MODEL, "record": folder / "run.json"},
         **{"metrics": folder / "metrics.csv", "receipt": folder / "published.json", "base": "owner/base"},
-        **{"sources": SOURCES, "form": None, "command": "snakemake", "private": True, "dry_run": False},
+        **{"sources": SOURCES, "form": None, "commands": COMMANDS, "private": True, "dry_run": False},
     }
 
 
