@@ -137,11 +137,17 @@ def sources_of(wildcards):
     return licensed([run["model"]], config["mixtures"][run["mixture"]]["datasets"])
 
 
-def command_of(wildcards):
-    """The command that trains a run as it is configured here."""
+def command_for(target):
+    """The command that makes a target as it is configured here."""
     overlays = " ".join(os.path.relpath(path) for path in workflow.config_settings.configfiles)
     overlay = f" --configfile {overlays}" if overlays else ""
-    return f".venv/bin/snakemake --cores all {RESULTS}/runs/{wildcards.run}/adapter{overlay}"
+    return f".venv/bin/snakemake --cores all {target}{overlay}"
+
+
+def commands_of(wildcards):
+    """The commands that put a run's base where it is needed, and that train the run."""
+    adapter = f"{RESULTS}/runs/{wildcards.run}/adapter"
+    return {"base": command_for(model_of(wildcards)), "adapter": command_for(adapter)}
 
 
 def model_of(wildcards):

@@ -18,7 +18,7 @@ rule export_run:
         base=base_name_of,
         sources=sources_of,
         form=form_of,
-        command=command_of,
+        commands=commands_of,
         asked=time.time(),  # a copy is made each time it is asked for: Snakemake does not see whether it is still there
     log:
         f"{RESULTS}/logs/export/{{run}}.log",

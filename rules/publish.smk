@@ -22,7 +22,7 @@ rule publish_run:
         base=base_name_of,
         sources=sources_of,
         form=form_of,
-        command=command_of,
+        commands=commands_of,
         private=config["publish_private"],
         dry_run=DRY_RUN,
         asked=time.time() if DRY_RUN else None,  # a dry run is shown each time it is asked for

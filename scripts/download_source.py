@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects, tqdm
 
 from qlora.errors import UserError
 from qlora.files import files_below, read_json, replacing, sha256_of, write_source_record
-from qlora.hub import HUB_ERRORS, explained
+from qlora.hub import HUB_ERRORS, checked_token, explained
 from qlora.large_files import fetch_large, remove_left_over
 from qlora.pins import BRANCH, is_commit, lock_entry, read_lock, unwanted
 
@@ -75,6 +75,7 @@ def _snapshot(kind: str, name: str, source: Mapping[str, Any], patterns: list[st
     """The folder of the hub's cache in which the needed files now are; what is there already is not fetched."""
     repository, revision = source["hub"], source["revision"]
     log.info("downloading %s at %s", repository, revision)
+    checked_token()
     try:
         if constants.HF_HUB_DISABLE_XET:
             fetch_large(repository, kind, revision, patterns, unwanted(source), _Lines(name=BAR_OF_BYTES))

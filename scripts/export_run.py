@@ -2,6 +2,7 @@
 
 from qlora.stage import console, log, run_stage
 
+import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from qlora.errors import UserError
 from qlora.files import read_json, replacing, sha256_of_file, write_json
 from qlora.licences import objections
 
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 CONTENTS = "export.json"  # in an export: SHA-256 of each of its files
 
 
@@ -24,7 +26,7 @@ def export_run(
     base: str,
     sources: list[dict[str, str]],
     form: Mapping[str, str] | None,
-    command: str,
+    commands: Mapping[str, str],
     merged: Path | None = None,
 ) -> None:
     """Copy a run into the folder named like it in `to`, and its merged model, where given, into merged/ in there.
@@ -34,7 +36,7 @@ def export_run(
     """
     if not to:
         raise UserError("export: say where to with --config to=FOLDER")
-    subject = subject_of(record, metrics, model, base, sources, form, command)
+    subject = subject_of(record, metrics, model, base, sources, form, commands)
     target = Path(to).expanduser().absolute() / subject.run["name"]
     check_replaceable(target)
     files = bundle(adapter, model, subject, str(target))
@@ -47,7 +49,10 @@ def export_run(
     try:
         with replacing(target) as folder:
             copy(files, folder)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            check_replaceable(target)  # a copy takes its time
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
         raise UserError(f"export: {target} cannot be written ({error.strerror}); choose another folder") from error
     write_json(receipt, {"folder": str(target), "files": sorted(files)})
     console.write(f"export: {target}\n")

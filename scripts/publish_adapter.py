@@ -2,20 +2,26 @@
 
 from qlora.stage import console, log, run_stage
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from qlora.bundle import Files, bundle, size_of, subject_of
 from qlora.errors import UserError
 from qlora.files import replacing, write_json
+from qlora.hub import checked_token
 from qlora.licences import objections
 
-NO_TOKEN = "no token; log in with `hf auth login`, or set HF_TOKEN to a token with write access"
+NO_TOKEN = "no token; log in with `.venv/bin/hf auth login`, or set HF_TOKEN to a token with write access"
+SENDING_ERRORS = (HTTPError, ValueError, OSError)  # the client's own errors are kinds of these
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")  # of a merged model
+KINDS = {True: "private", False: "public"}
+AGAIN = "perhaps not published; try again: what arrived is not sent twice"
 REFUSALS = {  # status → what it means, and what to do
-    401: "the hub does not know the token; log in anew with `hf auth login`, or mend HF_TOKEN",
+    401: "the hub does not know the token; log in anew with `.venv/bin/hf auth login`, or mend HF_TOKEN",
     403: "the token may not write there; take one with write access, or a publish_to that is yours",
     404: "not found, though it was just made; look at publish_to, and try again",
     409: "it was changed meanwhile; try again",
@@ -33,7 +39,7 @@ def publish_adapter(
     base: str,
     sources: list[dict[str, str]],
     form: Mapping[str, str] | None,
-    command: str,
+    commands: Mapping[str, str],
     private: bool,
     dry_run: bool,
 ) -> None:
@@ -44,7 +50,7 @@ def publish_adapter(
     """
     if not repository:
         raise UserError("publish: say where to with --config publish_to=owner/name")
-    subject = subject_of(record, metrics, model, base, sources, form, command)
+    subject = subject_of(record, metrics, model, base, sources, form, commands)
     files = bundle(weights, model, subject, repository)
     for line in objections(sources):
         log.warning("licence: %s", line)
@@ -63,38 +69,61 @@ def publish_adapter(
 
 def preview(files: Files, repository: str, private: bool) -> str:
     """What would be sent: each file with its size in bytes, and the card."""
-    kind = "private" if private else "public"
+    kind, other = KINDS[private], KINDS[not private]
     lines = [f"{size_of(content):>15,}  {name}" for name, content in sorted(files.items())]
     card = files["README.md"]
     assert isinstance(card, bytes)
-    return "\n".join([f"To {repository} ({kind}), in one commit:", *lines, "", "README.md:", "", card.decode()])
+    head = f"To {repository} ({kind}; refused if it is there and {other}), in one commit:"
+    return "\n".join([head, *lines, "", "README.md:", "", card.decode()])
 
 
 def send(files: Files, repository: str, private: bool, message: str) -> str:
     """Put files into a repository, made where there is none, in one commit, and return its id.
 
-    Raises UserError where the hub refuses, or where somebody else's commit came in between.
+    Weights that an earlier commit left and that are not among `files` go: transformers would take them for these.
+    Raises UserError where the hub refuses, where the repository is there and not as `private` says, or where somebody
+    else's commit came in between.
     """
     api = HfApi()
-    if get_token() is None:
+    if checked_token() is None:
         raise UserError(f"publish: {repository}: {NO_TOKEN}")
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        parent = api.model_info(repository).sha
-        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        return api.create_commit(repository, operations, commit_message=message, parent_commit=parent).oid
-    except (HTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError) as error:
+        there = api.model_info(repository)
+        if there.private != private:
+            raise UserError(
+                f"publish: {repository}: it is there and {KINDS[not private]}, not {KINDS[private]}; change that in its"
+                f" settings on the hub, or say --config publish_private={not private}"
+            )
+        added = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        left = sorted({file.rfilename for file in there.siblings or ()} - files.keys())
+        removed = [CommitOperationDelete(name) for name in left if WEIGHTS.fullmatch(name)]
+        log.info("earlier weights that go: %s", [operation.path_in_repo for operation in removed])
+        return api.create_commit(repository, [*added, *removed], commit_message=message, parent_commit=there.sha).oid
+    except SENDING_ERRORS as error:
         raise UserError(f"publish: {repository}: {reason_of(error)}") from error
+    except RuntimeError as error:  # the client's, where the storage did not take a large file
+        if not isinstance(error.__cause__, SENDING_ERRORS):
+            raise
+        reason = f"{str(error).rstrip('.')} ({told(error.__cause__)}); {AGAIN}"
+        raise UserError(f"publish: {repository}: {reason}") from error
 
 
 def reason_of(error: Exception) -> str:
     """Why the hub did not take it, and what to do, in a line."""
     if isinstance(error, HfHubHTTPError) and error.response.status_code in REFUSALS:
         return REFUSALS[error.response.status_code]
-    first = str(error).partition("\n")[0] or type(error).__name__
     if isinstance(error, HFValidationError):
-        return f"{first}; publish_to is owner/name"
-    return f"{first}; nothing was published, try again: what was sent is not sent twice"
+        return f"{told(error)}; publish_to is owner/name"
+    said = f": {error.server_message}" if isinstance(error, HfHubHTTPError) and error.server_message else ""
+    return f"{told(error)}{said}; {AGAIN}"
+
+
+def told(error: BaseException) -> str:
+    """An error in a line, without the address: one of the storage opens it to whoever reads it."""
+    if isinstance(error, HfHubHTTPError):
+        return f"the answer was {error.response.status_code}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 from qlora.errors import UserError  # noqa: E402
 from qlora.files import replacing  # noqa: E402
-from qlora.hub import HUB_ERRORS, explained  # noqa: E402
+from qlora.hub import HUB_ERRORS, checked_token, explained  # noqa: E402
 from qlora.pins import BRANCH, needed_files, read_lock, unwanted  # noqa: E402 (scripts/ is no package)
 
 LOCK = Path("config/sources.lock.yaml")
@@ -43,6 +43,7 @@ def pin(root: Path, wanted: Sequence[str]) -> tuple[str, bool]:
     """
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set, and commits can only be asked of the hub; unset it and start again")
+    checked_token()
     before, items = read_lock(root / LOCK), hub_items(root)
     after: Items = {kind: dict(before[kind]) if wanted else {} for kind in KINDS}
     asked, refused = 0, 0

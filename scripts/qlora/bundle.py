@@ -31,7 +31,7 @@ class Subject:
     family: str  # model_type of the base's config
     sources: Sequence[Source]  # of the base and of the datasets
     form: Mapping[str, str] | None  # the named prompt format, None where the tokenizer's chat template renders
-    command: str  # that trains it
+    commands: Mapping[str, str]  # that make `base` and `adapter` in a clone of the workflow
 
     @property
     def on_hub(self) -> bool:
@@ -51,13 +51,13 @@ def subject_of(
     base: str,
     sources: Sequence[Source],
     form: Mapping[str, str] | None,
-    command: str,
+    commands: Mapping[str, str],
 ) -> Subject:
     """A run from its record, the joint table of metrics, and the folder of its base."""
     run = read_json(record)
     rows = [row for row in read_table(metrics) if row["run"] == run["name"]]
     family = read_json(model / "config.json")["model_type"]
-    return Subject(run, rows, base, family, sources, form, command)
+    return Subject(run, rows, base, family, sources, form, commands)
 
 
 def bundle(weights: Path, model: Path, subject: Subject, address: str) -> Files:
@@ -165,7 +165,10 @@ def _results(subject: Subject, drift: Mapping[str, Any] | None) -> str:
 def _loading(subject: Subject, address: str, merged: bool) -> str:
     rendered = "Prompts are rendered by the tokenizer's chat template."
     if subject.form is not None:
-        rendered = f"Prompts are rendered as {json.dumps(subject.form['user'])}, the answer follows."
+        user = json.dumps(subject.form["user"])
+        rendered = (
+            f"Prompts are rendered as {user}, the answer follows. A chat template of the tokenizer's was not used."
+        )
     code = ", trust_remote_code=True" if subject.run["pins"]["model"]["source"].get("remote_code") else ""
     pin = f', revision="{subject.revision}"{code}' if subject.revision else ""
     load = [
@@ -193,7 +196,19 @@ def _loading(subject: Subject, address: str, merged: bool) -> str:
             ")",
             f'model = PeftModel.from_pretrained(base, "{address}")',
         ]
-    return "\n".join(["## Load\n", "```python", *load, "```", "", rendered])
+    made = [] if merged or subject.on_hub else [_making_base(subject)]
+    return "\n".join(["## Load\n", *made, "```python", *load, "```", "", rendered])
+
+
+def _making_base(subject: Subject) -> str:
+    """How a stranger comes to a base that is not from the hub, in a paragraph and a block of code."""
+    folder = subject.run["pins"]["model"]["source"].get("path")
+    lay = f": it lay in the folder `{folder}`; ask for it whoever trained this" if folder else ""
+    there = " that has it there" if folder else ""
+    return (
+        f"The base is not on the hub{lay}. In a clone of the workflow at the commit below{there}, this makes it, where"
+        f" the code then finds it:\n\n```sh\n{subject.commands['base']}\n```\n"
+    )
 
 
 def _dtype(run: Mapping[str, Any]) -> str:
@@ -209,7 +224,8 @@ def _dtype(run: Mapping[str, Any]) -> str:
 def _reproducing(subject: Subject) -> str:
     commit = subject.run["commit"] or "unknown"
     changed = " and then with changes that were not committed" if commit.endswith("-dirty") else ""
+    hardware = subject.run["hardware"]
     return (
         f"## Reproduce\n\nTrained at commit `{commit.removesuffix('-dirty')}` of the workflow{changed}, on"
-        f" {subject.run['hardware'].get('gpu') or subject.run['hardware']['cpu']}:\n\n```sh\n{subject.command}\n```"
+        f" {hardware.get('gpu') or hardware['cpu']}:\n\n```sh\n{subject.commands['adapter']}\n```"
     )

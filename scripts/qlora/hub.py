@@ -2,9 +2,10 @@
 
 import errno
 import logging
+import re
 from collections.abc import Iterator
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -14,11 +15,32 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from qlora.errors import UserError
+
 HUB_ERRORS = (HTTPError, HFValidationError, OSError)  # the client's own errors are kinds of these
 TOO_MANY_REQUESTS = 429
 SERVER_ERRORS = 500  # and above
 WITHOUT_RIGHTS = (401, 403)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs each address, and those of gated files open them
+
+
+def checked_token() -> str | None:
+    """The token that the hub's client sends, from the environment or a stored login; None where there is none.
+
+    Raises UserError, which does not quote it, where it can be no token: the client's own error would show it.
+    """
+    try:
+        token = get_token()
+    except OSError as error:
+        raise UserError(f"the stored token cannot be read ({error}); mend that, or set HF_TOKEN") from error
+    except UnicodeDecodeError:
+        token = ""
+    if token is None or re.fullmatch("[!-~]+", token):
+        return token
+    raise UserError(
+        f"the token, which HF_TOKEN or the file {constants.HF_TOKEN_PATH} gave, is none: it is not plain letters and"
+        f" digits; copy it anew from {constants.ENDPOINT}/settings/tokens"
+    )
 
 
 def page_of(kind: str, repository: str) -> str:

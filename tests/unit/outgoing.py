@@ -38,6 +38,7 @@ RUN = {
     "settings": {**SETTINGS, "batch_size": 8, "accumulation": 2, "schedule": "cosine"},
 }
 
+COMMANDS = {"base": "snakemake sources/models/base", "adapter": "snakemake runs/llama"}
 DRIFT = {"largest": 0.122, "rms": 0.0171, "same next token": 0.984, "tokens": 122}  # of merge.json
 FORBIDDEN = {**SOURCES[1], "name": "mine", "address": "data/mine.csv", "hub": "", "publishing": "forbidden"}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from outgoing import DRIFT, MODEL, SOURCES, make_run
+from outgoing import COMMANDS, DRIFT, MODEL, SOURCES, make_run
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, layers_in_4_bits, make_base
 
@@ -73,7 +73,7 @@ base = AutoModelForCausalLM.from_pretrained(
 model = PeftModel.from_pretrained(base, "owner/llama")
 ```
 
-Prompts are rendered as "{content}\\nAnswer:", the answer follows.
+Prompts are rendered as "{content}\\nAnswer:", the answer follows. A chat template of the tokenizer's was not used.
 
 ## Reproduce
 
@@ -95,7 +95,7 @@ def subject(run: Path, **changes):
         "base": "owner/base",
         "sources": SOURCES,
         "form": {"user": "{content}\nAnswer:"},
-        "command": "snakemake runs/llama",
+        "commands": COMMANDS,
     }
     return subject_of(run / "run.json", run / "metrics.csv", **{"model": run / MODEL, **given, **changes})
 
@@ -140,9 +140,9 @@ def test_the_card_s_code_puts_a_base_of_each_family_into_4_bits(run, tmp_path, m
     # As in a fresh process, whatever was loaded in this one before.
     own_class = type("FalconLinear", (torch.nn.Linear,), {})
     monkeypatch.setattr("transformers.models.falcon.modeling_falcon.FalconLinear", own_class)
-    local = subject(run, model=base, base=str(base))
-    local.run["pins"] = {"model": {"source": {"build": {}}}}
-    (tmp_path / "load.py").write_text(loading_code(card(local, str(adapter), drift=None)))
+    told = subject(run, model=base, base=str(base))
+    told.run["pins"] = {"model": {"source": {"build": {}}}}
+    (tmp_path / "load.py").write_text(loading_code(card(told, str(adapter), drift=None)))
     loaded = runpy.run_path(str(tmp_path / "load.py"))
     layers = layers_in_4_bits(loaded["model"])
     assert len(layers) >= 2 * 4
@@ -182,12 +182,34 @@ def test_a_base_that_was_allowed_its_own_code_is_loaded_with_it(run):
     compile(made, "card", "exec")
 
 
+def local(run: Path, source: dict[str, object]):
+    """A run whose base is not from the hub."""
+    told = subject(run, base="results/sources/models/base", sources=[{**SOURCES[1], "hub": ""}])
+    told.run["pins"] = {"model": {"source": source}}
+    return told
+
+
 def test_a_base_that_is_not_from_the_hub_is_no_metadata_of_its(run):
-    local = subject(run, base="results/sources/models/base", sources=[{**SOURCES[1], "hub": ""}])
-    local.run["pins"] = {"model": {"source": {"build": {}}}}
-    text = card(local, "there", drift=None)
+    text = card(local(run, {"build": {}}), "there", drift=None)
     assert yaml.safe_load(text.split("---")[1]).keys() == {"library_name", "pipeline_tag", "tags"}
     assert '\n    "results/sources/models/base", dtype=dtype, quant' in text
+
+
+def test_the_card_of_an_adapter_says_how_a_stranger_makes_a_base_that_is_not_from_the_hub(run):
+    loading = card(local(run, {"build": {}}), "there", drift=None).partition("## Load")[2]
+    assert loading.startswith(
+        "\n\nThe base is not on the hub. In a clone of the workflow at the commit below, this makes it, where the code"
+        " then finds it:\n\n```sh\nsnakemake sources/models/base\n```\n\n```python\n"
+    )
+    assert "The base is not on the hub" not in card(local(run, {"build": {}}), "there", drift=DRIFT) + CARD
+
+
+def test_the_card_of_an_adapter_says_of_a_base_in_a_folder_that_it_must_be_asked_for(run):
+    loading = card(local(run, {"path": "data/base"}), "there", drift=None).partition("## Load")[2]
+    assert loading.startswith(
+        "\n\nThe base is not on the hub: it lay in the folder `data/base`; ask for it whoever trained this."
+        " In a clone of the workflow at the commit below that has it there, this"
+    )
 
 
 def test_a_commit_that_was_changed_is_told(run):

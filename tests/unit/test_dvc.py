@@ -98,6 +98,24 @@ def test_each_output_of_a_rule_is_an_out_of_its_stage(rules_by_stage):
         )
 
 
+def test_what_rules_write_on_request_among_the_outs_is_left_alone_and_nothing_else(rules_by_stage):
+    described = set(chain.from_iterable(rules_by_stage.values()))
+    written = set()
+    for switches in ([], ["merged=True"], ["publish_dry_run=True"]):
+        summary = snakemake("--summary", "merge", "gguf", "export", "publish", "--config", "to=x", *switches)
+        rows = [line.split("\t") for line in summary.splitlines()[1:]]
+        written |= {output for output, _, rule, *_ in rows if rule not in described}
+    assert len({Path(output).name for output in written}) > 5
+    inside = {f"{output}/file" if Path(output).suffix == "" else output: output for output in written}
+    command = [sys.executable, "-m", "dvc", "check-ignore", "--details", "--all", *inside]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout  # ends with 1 where none is ignored
+    lines = re.findall(r"^\.dvcignore:\d+:(\S+)\t(\S+)$", told, re.MULTILINE)
+    listed = [line for line in (ROOT / ".dvcignore").read_text(encoding="utf-8").split() if line.startswith("/results")]
+    for path in sorted(inside.keys() - {path for _, path in lines}):
+        pytest.fail(f".dvcignore: add a line for {inside[path]}, which a rule writes on request")
+    assert set(listed) == {pattern for pattern, _ in lines}, ".dvcignore: remove what no rule writes on request"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_out_is_deleted_before_a_stage_and_small_tables_are_left_to_git(stage):
     for out in STAGES[stage]["outs"] + STAGES[stage].get("metrics", []):

@@ -1,10 +1,12 @@
 """A run copied to any folder: whole or not at all, and nothing of somebody else's is overwritten."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from outgoing import FORBIDDEN, MODEL, SOURCES, make_run
+from outgoing import COMMANDS, FORBIDDEN, MODEL, SOURCES, make_run
 
 import export_run as stage
 from export_run import export_run
@@ -21,7 +23,7 @@ def run(tmp_path: Path) -> dict[str, Any]:
     return {
         **{"adapter": folder / "adapter", "model": folder / MODEL, "record": folder / "run.json"},
         **{"metrics": folder / "metrics.csv", "receipt": folder / "exported.json", "to": str(tmp_path / "to")},
-        **{"base": "owner/base", "sources": SOURCES, "form": None, "command": "snakemake"},
+        **{"base": "owner/base", "sources": SOURCES, "form": None, "commands": COMMANDS},
     }
 
 
@@ -106,6 +108,15 @@ def test_a_copy_that_breaks_off_leaves_the_earlier_one(run, tmp_path, monkeypatc
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["llama"]
 
 
+def test_what_somebody_adds_to_the_earlier_one_meanwhile_is_left_alone(run, tmp_path, monkeypatch):
+    export_run(**run)
+    theirs, copied = tmp_path / "to/llama/notes.txt", stage.copy
+    monkeypatch.setattr(stage, "copy", lambda *given: theirs.write_text("mine") and copied(*given))
+    with pytest.raises(UserError, match=r"notes.txt was changed since it was exported; move it away"):
+        export_run(**run)
+    assert theirs.read_text() == "mine"
+
+
 def test_a_place_must_be_named(run):
     with pytest.raises(UserError, match=r"^export: say where to with --config to=FOLDER$"):
         export_run(**{**run, "to": ""})
@@ -115,3 +126,14 @@ def test_a_place_that_is_a_file_is_told(run, tmp_path):
     (tmp_path / "to").write_text("a file")
     with pytest.raises(UserError, match=r"to/llama cannot be written \(.*\); choose another folder"):
         export_run(**run)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_place_that_takes_no_files_is_told(run, tmp_path, monkeypatch, number):
+    def refusing(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("qlora.files.tempfile.TemporaryDirectory", refusing)  # the first that writes there
+    with pytest.raises(UserError, match=rf"to/llama cannot be written \({os.strerror(number)}\); choose another"):
+        export_run(**run)
+    assert not run["receipt"].exists()

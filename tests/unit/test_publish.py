@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hub_server import TOKEN, USER, HubServer
 from huggingface_hub import constants
-from outgoing import FORBIDDEN, MODEL, SOURCES, make_run
+from outgoing import COMMANDS, FORBIDDEN, MODEL, SOURCES, make_run
 
 import publish_adapter as stage
 from publish_adapter import publish_adapter
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> dict[str, Any]:
     return {
         **{"weights": folder / "adapter", "model": folder / MODEL, "record": folder / "run.json"},
         **{"metrics": folder / "metrics.csv", "receipt": folder / "published.json", "base": "owner/base"},
-        **{"sources": SOURCES, "form": None, "command": "snakemake", "private": True, "dry_run": False},
+        **{"sources": SOURCES, "form": None, "commands": COMMANDS, "private": True, "dry_run": False},
     }
 
 
@@ -109,7 +109,7 @@ def test_a_dry_run_shows_files_sizes_and_card_and_asks_the_hub_nothing(hub, run,
     publish_adapter(**{**run, "dry_run": True}, repository=NAME)
     assert not hub.requests
     text = "".join(shown)
-    assert f"To {NAME} (private), in one commit:\n" in text
+    assert f"To {NAME} (private; refused if it is there and public), in one commit:\n" in text
     assert "              7  adapter_model.safetensors\n" in text
     assert "# llama\n\nA QLoRA adapter for `owner/base`." in text
     assert "publish: licence: dataset notes (not stated): the registry does not say" in text
@@ -130,6 +130,12 @@ def test_no_token_and_a_wrong_one_are_told(hub, run, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     assert refused(run) == f"publish: {NAME}: {stage.NO_TOKEN}"
     assert not hub.repositories
+
+
+def test_a_token_that_can_be_none_is_told_and_not_shown(hub, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\x0bx")
+    assert "the token" in refused(run)
+    assert not hub.requests
 
 
 def test_a_name_that_is_somebody_elses_is_told(hub, run):
@@ -158,18 +164,79 @@ def test_what_somebody_adds_meanwhile_is_not_published_over(hub, run, monkeypatc
 
 
 def test_a_cut_connection_is_told_and_the_next_try_sends_just_what_is_missing(hub, run):
-    hub.fail("/commit/", cut=0)
-    message = refused(run)
-    assert message.endswith("nothing was published, try again: what was sent is not sent twice"), message
-    hub.repositories[NAME].branches["main"] = next(iter(hub.repositories[NAME].commits))  # as if it had not arrived
+    hub.fail("/commit/", status=503, times=100)
+    assert refused(run).endswith(stage.AGAIN)
+    hub.faults.clear()
     before = len(hub.asked("/objects/", "PUT"))
     publish_adapter(**run, repository=NAME)
     assert len(hub.asked("/objects/", "PUT")) == before
 
 
+def test_where_the_answer_is_cut_off_after_the_commit_the_next_try_finds_it_there_and_makes_no_other(hub, run):
+    hub.fail("/commit/", cut=0)
+    message = refused(run)
+    assert message.endswith(stage.AGAIN), message
+    commits = list(hub.repositories[NAME].commits)
+    publish_adapter(**run, repository=NAME)
+    assert list(hub.repositories[NAME].commits) == commits
+    assert read_json(run["receipt"])["commit"] == commits[-1]
+
+
+@pytest.mark.parametrize("status", [400, 403])
+@pytest.mark.parametrize("files", [1, 2])
+def test_weights_that_the_storage_does_not_take_are_told_without_its_address(hub, run, files, status):
+    for number in range(1, files):  # the client sends several in threads
+        (run["weights"] / f"{number}.safetensors").write_bytes(b"%d" % number)
+    hub.fail("/objects/", method="PUT", times=100, status=status)
+    message = refused(run)
+    assert message.startswith(f"publish: {NAME}: Error while uploading '")
+    assert message.endswith(f".safetensors' to the Hub (the answer was {status}); {stage.AGAIN}")
+    assert list(hub.repositories[NAME].commits.values()) == [{}]
+
+
+def test_large_files_that_the_hub_refuses_are_told(hub, run):
+    hub.fail("info/lfs", status=413, times=100)
+    assert refused(run).endswith(stage.AGAIN)
+
+
 def test_a_hub_that_is_not_there_is_told(hub, run):
     hub.stop()
-    assert refused(run).endswith("nothing was published, try again: what was sent is not sent twice")
+    assert refused(run).endswith(stage.AGAIN)
+
+
+@pytest.mark.parametrize(("there", "asked"), [("public", "private"), ("private", "public")])
+def test_a_repository_that_others_can_read_otherwise_than_asked_is_left_as_it_is(hub, run, there, asked):
+    hub.add(NAME, {"notes.txt": b"mine"}, private=there == "private")
+    message = refused({**run, "private": asked == "private"})
+    assert message.startswith(f"publish: {NAME}: it is there and {there}, not {asked}; ")
+    assert f"publish_private={there == 'private'}" in message
+    assert len(hub.repositories[NAME].commits) == 1
+    assert not hub.asked("/objects/", "PUT")
+
+
+def test_weights_in_other_files_take_the_place_of_the_earlier_ones(hub, run):
+    merged = run["record"].parent / "merged"
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    theirs = {"notes.txt": b"mine", "extra/model.safetensors": b"theirs", "vision-model.safetensors": b"theirs"}
+    hub.add(NAME, theirs, private=True)
+
+    def sent() -> set[str]:
+        publish_adapter(**{**run, "weights": merged}, repository=NAME)
+        files = hub.repositories[NAME].commits[hub.repositories[NAME].branches["main"]]
+        assert theirs.items() <= files.items()
+        return {name for name in files if name.startswith("model")}
+
+    assert sent() == {"model.safetensors"}
+    (merged / "model.safetensors").unlink()
+    for name in (*shards, "model.safetensors.index.json"):
+        (merged / name).write_bytes(name.encode())
+    assert sent() == {*shards, "model.safetensors.index.json"}
+    for name in (*shards, "model.safetensors.index.json"):
+        (merged / name).unlink()
+    (merged / "model.safetensors").write_bytes(b"other weights")
+    before = len(hub.repositories[NAME].commits)
+    assert sent() == {"model.safetensors"}
+    assert len(hub.repositories[NAME].commits) == before + 1
 
 
 @pytest.mark.parametrize(

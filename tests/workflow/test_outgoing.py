@@ -55,7 +55,7 @@ def test_publish_and_its_dry_run(finished_copy: Workspace, hub: HubServer) -> No
     where = ("--config", f"publish_to={USER}/demo")
     for _ in range(2):  # shown each time
         shown = finished_copy.snakemake(*where, "publish_dry_run=True", "--cores", "2", "publish").stdout
-        assert f"To {USER}/demo-llama (private), in one commit:" in shown
+        assert f"To {USER}/demo-llama (private; refused if it is there and public), in one commit:" in shown
         assert "adapter_model.safetensors" in shown
     assert not hub.requests
     finished_copy.snakemake(*where, "--cores", "2", "publish")
