@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, constants
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +21,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 from qlora.errors import UserError  # noqa: E402
 from qlora.files import replacing  # noqa: E402
-from qlora.hub import HUB_ERRORS, checked_token, explained  # noqa: E402
+from qlora.hub import HUB_ERRORS, checked_token, explained, listing  # noqa: E402
 from qlora.pins import BRANCH, needed_files, read_lock, unwanted  # noqa: E402 (scripts/ is no package)
 
 LOCK = Path("config/sources.lock.yaml")
@@ -105,17 +104,16 @@ def entry(kind: str, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
     hub = HfApi()
     try:
         info = (hub.model_info if kind == "models" else hub.dataset_info)(repository, revision=asked)
-        tree = hub.list_repo_tree(repository, recursive=True, revision=info.sha, repo_type=kind.removesuffix("s"))
-        listing = [file for file in tree if isinstance(file, RepoFile)]
+        assert info.sha is not None  # the hub leaves it out only where it is asked to
+        listed = listing(repository, kind, info.sha)
     except HUB_ERRORS as error:
         raise UserError(f"{kind}.{name}: {explained(error, kind, repository, asked)}") from error
     if info.id != repository:
         print(f"pin: {kind}.{name}: the hub now calls {repository} {info.id}; write that into its source")
-    needed = set(
+    ignored = unwanted(item["source"])
+    needed = list(
         filter_repo_objects(
-            [file.path for file in listing],
-            allow_patterns=needed_files(kind, item),
-            ignore_patterns=[*unwanted(item["source"]), ".*"],
+            listed, allow_patterns=needed_files(kind, item), ignore_patterns=ignored, key=lambda file: file.path
         )
     )
     if not needed:
@@ -130,9 +128,7 @@ def entry(kind: str, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
         "commit": info.sha,
         "licence": licence if isinstance(licence, str) else ", ".join(licence),
         "files": {
-            file.path: {"size": file.size, **({"sha256": file.lfs.sha256} if file.lfs else {})}
-            for file in listing
-            if file.path in needed
+            file.path: {"size": file.size, **({"sha256": file.sha256} if file.sha256 else {})} for file in needed
         },
     }
 
