@@ -70,10 +70,11 @@ def _from_hub(
     repository, revision = source["hub"], source["revision"]
     log.info("downloading %s at %s", repository, revision)
     checked_token()
+    locked = lock_entry(read_lock(lock), kind, name, source) if lock else None
     try:
         files = _needed(listing(repository, kind, revision), kind, name, source, patterns)
-        if lock:
-            _check_lock(files, kind, name, source, lock)
+        if locked:
+            _check_lock(files, locked["files"], f"{kind}.{name}: {repository}", f"`make pin NAME={name}`")
         snapshot = _snapshot(files, kind, source, patterns)
     except HUB_ERRORS as error:
         raise UserError(f"{kind}.{name}: {explained(error, kind, repository, revision)}") from error
@@ -158,15 +159,14 @@ def _needed(
     return files
 
 
-def _check_lock(files: Iterable[ListedFile], kind: str, name: str, source: Mapping[str, Any], lock: Path) -> None:
+def _check_lock(files: Iterable[ListedFile], locked: Mapping[str, Mapping[str, Any]], what: str, mend: str) -> None:
     """Raise UserError for the first file for which the hub states another SHA-256 than the lock holds."""
-    locked = lock_entry(read_lock(lock), kind, name, source) or {"files": {}}
     for file in files:
-        held, stated = locked["files"].get(file.path, {}).get("sha256"), file.sha256 or "none"
+        held, stated = locked.get(file.path, {}).get("sha256"), file.sha256 or "none"
         if held not in (None, stated):
             raise UserError(
-                f"{kind}.{name}: {source['hub']}: {file.path} has the SHA-256 {held} in {lock}, and the hub states"
-                f" {stated} at the same commit; find out why, then take the hub's with `make pin NAME={name}`"
+                f"{what}: {file.path} has the SHA-256 {held} in the lock, and the hub states {stated} at the same"
+                f" commit; find out why, then take the hub's with {mend}"
             )
 
 

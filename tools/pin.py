@@ -67,21 +67,33 @@ def pin(root: Path, wanted: Sequence[str]) -> tuple[str, bool]:
 def hub_items(root: Path) -> Items:
     """Models and datasets → name → entry of those from the hub, from all configurations of the repository.
 
-    Raises UserError where two files give one name to two sources.
+    An experiment is laid over the registries: of a source it may name but a part. Raises UserError where a file is no
+    YAML, and where two give one name to two sources.
     """
     items: Items = {kind: {} for kind in KINDS}
     for path in [path for pattern in CONFIGS for path in sorted(root.glob(pattern))]:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        config = _read_config(path, root)
         for kind in KINDS:
             for name, item in (config.get(kind) or {}).items():
-                if "hub" not in item.get("source", {}):
+                known = items[kind].get(name, item)
+                if "hub" not in known.get("source", {}):
                     continue
-                if items[kind].setdefault(name, item)["source"] != item["source"]:
+                if known["source"] != {**known["source"], **item.get("source", {})}:
                     raise UserError(
                         f"{path.relative_to(root)}: {kind}.{name} stands in another file with another source;"
                         " give one of the two another name"
                     )
+                items[kind][name] = known
     return items
+
+
+def _read_config(path: Path, root: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        try:
+            return yaml.safe_load(file) or {}
+        except yaml.YAMLError as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"{path.relative_to(root)}: cannot be read as YAML ({why}); mend it") from error
 
 
 def chosen(items: Items, wanted: Sequence[str]) -> list[tuple[str, str]]:

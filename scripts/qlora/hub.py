@@ -96,8 +96,8 @@ def explained(error: Exception, kind: str, repository: str, revision: str) -> st
         )
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         return (
-            f"{repository}: the hub's cache, {constants.HF_HUB_CACHE}, cannot be written"
-            f" ({error.strerror}: {error.filename}); set HF_HOME to a folder that you may write, and start again"
+            f"{repository}: the hub's cache, {constants.HF_HUB_CACHE}, cannot be used ({error});"
+            " set HF_HOME to a folder that you may write, and start again"
         )
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return (

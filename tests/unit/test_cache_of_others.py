@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path, hub, read_only, weight
     read_only()
     message = refusal(tmp_path, "models", source)
     assert message.startswith(
-        f"models.mine: {NAME}: the hub's cache, {tmp_path / 'cache'}, cannot be written (Read-only"
+        f"models.mine: {NAME}: the hub's cache, {tmp_path / 'cache'}, cannot be used ([Errno 30] Read-only"
     )
     assert message.endswith("); set HF_HOME to a folder that you may write, and start again")
 

@@ -133,7 +133,7 @@ def test_a_file_that_is_not_as_locked_is_refused_and_stays_in_the_cache(tmp_path
     lock.write_text(yaml.safe_dump({"models": {"mine": entry}}))
     hub.requests.clear()
     assert refusal(tmp_path, "models", source, lock=lock) == (
-        f"models.mine: {NAME}: model.safetensors has the SHA-256 {'0' * 64} in {lock}, and the hub states {found}"
+        f"models.mine: {NAME}: model.safetensors has the SHA-256 {'0' * 64} in the lock, and the hub states {found}"
         " at the same commit; find out why, then take the hub's with `make pin NAME=mine`"
     )
     files["model.safetensors"]["sha256"] = found
@@ -240,8 +240,8 @@ def test_another_s_cache_is_told(tmp_path, hub, monkeypatch):
     source = pinned(hub)
     monkeypatch.setattr(file_download, "http_get", refuse)
     assert refusal(tmp_path, "models", source) == (
-        f"models.mine: {NAME}: the hub's cache, {tmp_path / 'cache'}, cannot be written"
-        f" (Permission denied: {tmp_path / 'cache/blob'}); set HF_HOME to a folder that you may write, and start again"
+        f"models.mine: {NAME}: the hub's cache, {tmp_path / 'cache'}, cannot be used ([Errno 13]"
+        f" Permission denied: '{tmp_path / 'cache/blob'}'); set HF_HOME to a folder that you may write, and start again"
     )
 
 
