@@ -14,11 +14,10 @@ from huggingface_hub.utils import filter_repo_objects, tqdm
 
 from qlora.errors import UserError
 from qlora.files import files_below, read_json, replacing, sha256_of, write_source_record
-from qlora.hub import HUB_ERRORS, checked_token, explained
+from qlora.hub import HUB_ERRORS, ListedFile, checked_token, explained, listing
 from qlora.large_files import fetch_large, remove_left_over
 from qlora.pins import BRANCH, is_commit, lock_entry, read_lock, unwanted
 
-GIT_DIGITS = 40  # of a hash that git makes; a SHA-256 has 64
 READ_ONLY = 0o444
 BAR_OF_BYTES = "huggingface_hub.snapshot_download"  # what the client calls it
 
@@ -41,13 +40,7 @@ def download_source(
     with replacing(folder) as scratch:
         scratch.mkdir()
         if "hub" in source:
-            snapshot = _snapshot(kind, name, source, patterns)
-            needed = _needed(snapshot, kind, name, source, patterns)
-            remove_left_over(needed)
-            _link(needed, snapshot, scratch)
-            write_source_record(scratch, source)
-            locked = lock_entry(read_lock(lock), kind, name, source) if lock else None
-            _check(scratch, snapshot, f"{kind}.{name}: {source['hub']}", locked["files"] if locked else {})
+            _from_hub(scratch, kind, name, source, patterns, lock)
         else:
             _from_path(scratch, kind, name, source)
             write_source_record(scratch, source)
@@ -71,22 +64,18 @@ def _from_path(folder: Path, kind: str, name: str, source: Mapping[str, Any]) ->
             shutil.copyfile(file, _place(file, below, folder))
 
 
-def _snapshot(kind: str, name: str, source: Mapping[str, Any], patterns: list[str]) -> Path:
-    """The folder of the hub's cache in which the needed files now are; what is there already is not fetched."""
+def _from_hub(
+    folder: Path, kind: str, name: str, source: Mapping[str, Any], patterns: list[str], lock: Path | None
+) -> None:
     repository, revision = source["hub"], source["revision"]
     log.info("downloading %s at %s", repository, revision)
     checked_token()
+    locked = lock_entry(read_lock(lock), kind, name, source) if lock else None
     try:
-        if constants.HF_HUB_DISABLE_XET:
-            fetch_large(repository, kind, revision, patterns, unwanted(source), _Lines(name=BAR_OF_BYTES))
-        snapshot = snapshot_download(
-            repository,
-            repo_type=kind.removesuffix("s"),
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=unwanted(source),
-            tqdm_class=_Lines,
-        )
+        files = _needed(listing(repository, kind, revision), kind, name, source, patterns)
+        if locked:
+            _check_lock(files, locked["files"], f"{kind}.{name}: {repository}", f"`make pin NAME={name}`")
+        snapshot = _snapshot(files, kind, source, patterns)
     except HUB_ERRORS as error:
         raise UserError(f"{kind}.{name}: {explained(error, kind, repository, revision)}") from error
     now = _name_now(kind, repository)
@@ -94,7 +83,35 @@ def _snapshot(kind: str, name: str, source: Mapping[str, Any], patterns: list[st
         line = f"{kind}.{name}: the hub now calls {repository} {now}; write that into its source"
         log.warning(line)
         print(line, file=console, flush=True)
-    return Path(snapshot)
+    cached = [snapshot / file.path for file in files]
+    remove_left_over(cached)
+    _link(cached, snapshot, folder)
+    write_source_record(folder, source)
+    _check(files, folder, snapshot, f"{kind}.{name}: {repository}")
+
+
+def _snapshot(files: Iterable[ListedFile], kind: str, source: Mapping[str, Any], patterns: list[str]) -> Path:
+    """The folder of the hub's cache in which the needed files now are; what is there already is not fetched.
+
+    Raises the client's errors, and OSError where a file is missing: without a hub, the client is content with less.
+    """
+    repository, revision = source["hub"], source["revision"]
+    if constants.HF_HUB_DISABLE_XET:
+        fetch_large(files, repository, kind, revision, _Lines(name=BAR_OF_BYTES))
+    snapshot = Path(
+        snapshot_download(
+            repository,
+            repo_type=kind.removesuffix("s"),
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=unwanted(source),
+            tqdm_class=_Lines,
+        )
+    )
+    for file in files:
+        if not (snapshot / file.path).exists():
+            raise OSError(f"{file.path} did not come")
+    return snapshot
 
 
 class _Lines(tqdm):
@@ -122,24 +139,35 @@ def _name_now(kind: str, repository: str) -> str:
         return repository
 
 
-def _needed(snapshot: Path, kind: str, name: str, source: Mapping[str, Any], patterns: list[str]) -> list[Path]:
-    """The needed files of a snapshot, which may hold what something else fetched."""
-    cached = {file.relative_to(snapshot).as_posix(): file for file in files_below(snapshot)}
-    wanted = filter_repo_objects(cached, allow_patterns=patterns, ignore_patterns=unwanted(source))
-    files = [cached[path] for path in wanted]
+def _needed(
+    listed: Iterable[ListedFile], kind: str, name: str, source: Mapping[str, Any], patterns: list[str]
+) -> list[ListedFile]:
+    """The needed files of those that the hub lists."""
+    ignored = unwanted(source)
+    wanted = filter_repo_objects(listed, allow_patterns=patterns, ignore_patterns=ignored, key=lambda file: file.path)
+    files = list(wanted)
     where = f"{kind}.{name}: {source['hub']} at {source['revision']}"
-    if kind == "models" and not any(file.suffix == ".safetensors" for file in files):
+    if kind == "models" and not any(file.path.endswith(".safetensors") for file in files):
         raise UserError(
             f"{where} has no safetensors; pickled weights run code when they are loaded and are never taken:"
             " choose a revision or a repository that has safetensors"
         )
-    if source.get("remote_code") and not any(file.suffix == ".py" for file in files):
-        raise UserError(
-            f"{where}: no code (.py) came with it; leave out 'remote_code', or fetch it where there is a network"
-        )
+    if source.get("remote_code") and not any(file.path.endswith(".py") for file in files):
+        raise UserError(f"{where} has no code (.py); leave out 'remote_code'")
     if not files:
         raise UserError(f"{where} has no file like {', '.join(patterns)}; mend the source or 'files'")
     return files
+
+
+def _check_lock(files: Iterable[ListedFile], locked: Mapping[str, Mapping[str, Any]], what: str, mend: str) -> None:
+    """Raise UserError for the first file for which the hub states another SHA-256 than the lock holds."""
+    for file in files:
+        held, stated = locked.get(file.path, {}).get("sha256"), file.sha256 or "none"
+        if held not in (None, stated):
+            raise UserError(
+                f"{what}: {file.path} has the SHA-256 {held} in the lock, and the hub states {stated} at the same"
+                f" commit; find out why, then take the hub's with {mend}"
+            )
 
 
 def _link(files: Iterable[Path], snapshot: Path, folder: Path) -> None:
@@ -166,21 +194,19 @@ def _place(file: Path, below: Path, folder: Path) -> Path:
     return target
 
 
-def _check(folder: Path, snapshot: Path, what: str, locked: Mapping[str, Mapping[str, Any]]) -> None:
+def _check(files: Iterable[ListedFile], folder: Path, snapshot: Path, what: str) -> None:
     """Raise UserError for the first file that is not as stated, and take it out of the cache, so it is fetched anew.
 
-    The hub states a SHA-256 for large files and git's hash for others; the cache names its files by them.
+    The hub states a SHA-256 for large files and git's hash for others.
     """
-    for path, found in read_json(folder / "source.json")["files"].items():
-        cached = snapshot / path
-        named = cached.readlink().name if cached.is_symlink() else ""
-        here = (found["sha256"], _git_hash(folder / path) if len(named) == GIT_DIGITS else "", "")
-        stated = (named, locked.get(path, {}).get("sha256", ""))
-        wrong = [digest for digest in stated if digest not in here]
-        if wrong:
-            _drop(cached)
+    found = read_json(folder / "source.json")["files"]
+    for file in files:
+        stated = file.sha256 or file.git_hash
+        here = found[file.path]["sha256"] if file.sha256 else _git_hash(folder / file.path)
+        if here != stated:
+            _drop(snapshot / file.path, snapshot.parents[1] / "blobs" / stated)
             raise UserError(
-                f"{what}: {path} is not what it should be: its SHA-256 is {found['sha256']}, stated is {wrong[0]};"
+                f"{what}: {file.path} is not what it should be: its hash is {here}, stated is {stated};"
                 " it was taken out of the hub's cache: start again, to fetch it anew"
             )
 
@@ -191,11 +217,10 @@ def _git_hash(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _drop(cached: Path) -> None:
-    """Take a file out of the hub's cache: the link in the snapshot, and what it leads to."""
-    blob = cached.resolve()
-    cached.unlink()
-    blob.unlink(missing_ok=True)
+def _drop(cached: Path, blob: Path) -> None:
+    """Take a file of a snapshot out of the hub's cache, and the blob that it leads to, or is a copy of."""
+    for path in (cached.resolve(), cached, blob):
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, constants
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +21,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 from qlora.errors import UserError  # noqa: E402
 from qlora.files import replacing  # noqa: E402
-from qlora.hub import HUB_ERRORS, checked_token, explained  # noqa: E402
+from qlora.hub import HUB_ERRORS, checked_token, explained, listing  # noqa: E402
 from qlora.pins import BRANCH, needed_files, read_lock, unwanted  # noqa: E402 (scripts/ is no package)
 
 LOCK = Path("config/sources.lock.yaml")
@@ -68,21 +67,33 @@ def pin(root: Path, wanted: Sequence[str]) -> tuple[str, bool]:
 def hub_items(root: Path) -> Items:
     """Models and datasets → name → entry of those from the hub, from all configurations of the repository.
 
-    Raises UserError where two files give one name to two sources.
+    An experiment is laid over the registries: of a source it may name but a part. Raises UserError where a file is no
+    YAML, and where two give one name to two sources.
     """
     items: Items = {kind: {} for kind in KINDS}
     for path in [path for pattern in CONFIGS for path in sorted(root.glob(pattern))]:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        config = _read_config(path, root)
         for kind in KINDS:
             for name, item in (config.get(kind) or {}).items():
-                if "hub" not in item.get("source", {}):
+                known = items[kind].get(name, item)
+                if "hub" not in known.get("source", {}):
                     continue
-                if items[kind].setdefault(name, item)["source"] != item["source"]:
+                if known["source"] != {**known["source"], **item.get("source", {})}:
                     raise UserError(
                         f"{path.relative_to(root)}: {kind}.{name} stands in another file with another source;"
                         " give one of the two another name"
                     )
+                items[kind][name] = known
     return items
+
+
+def _read_config(path: Path, root: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        try:
+            return yaml.safe_load(file) or {}
+        except yaml.YAMLError as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"{path.relative_to(root)}: cannot be read as YAML ({why}); mend it") from error
 
 
 def chosen(items: Items, wanted: Sequence[str]) -> list[tuple[str, str]]:
@@ -105,17 +116,16 @@ def entry(kind: str, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
     hub = HfApi()
     try:
         info = (hub.model_info if kind == "models" else hub.dataset_info)(repository, revision=asked)
-        tree = hub.list_repo_tree(repository, recursive=True, revision=info.sha, repo_type=kind.removesuffix("s"))
-        listing = [file for file in tree if isinstance(file, RepoFile)]
+        assert info.sha is not None  # the hub leaves it out only where it is asked to
+        listed = listing(repository, kind, info.sha)
     except HUB_ERRORS as error:
         raise UserError(f"{kind}.{name}: {explained(error, kind, repository, asked)}") from error
     if info.id != repository:
         print(f"pin: {kind}.{name}: the hub now calls {repository} {info.id}; write that into its source")
-    needed = set(
+    ignored = unwanted(item["source"])
+    needed = list(
         filter_repo_objects(
-            [file.path for file in listing],
-            allow_patterns=needed_files(kind, item),
-            ignore_patterns=[*unwanted(item["source"]), ".*"],
+            listed, allow_patterns=needed_files(kind, item), ignore_patterns=ignored, key=lambda file: file.path
         )
     )
     if not needed:
@@ -130,9 +140,7 @@ def entry(kind: str, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
         "commit": info.sha,
         "licence": licence if isinstance(licence, str) else ", ".join(licence),
         "files": {
-            file.path: {"size": file.size, **({"sha256": file.lfs.sha256} if file.lfs else {})}
-            for file in listing
-            if file.path in needed
+            file.path: {"size": file.size, **({"sha256": file.sha256} if file.sha256 else {})} for file in needed
         },
     }
 

@@ -6,26 +6,17 @@ it looks for them and under its locks; it then finds them there and links them.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    file_download,
-    get_cached_repo_tree,
-    get_hf_file_metadata,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import CachedRepoTreeNotFoundError
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, filter_repo_objects, tqdm
+from huggingface_hub import constants, file_download, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, tqdm
 
-from qlora.hub import HUB_ERRORS
+from qlora.errors import UserError
+from qlora.hub import ListedFile
 
 LARGE = 2**20  # bytes; a smaller file is fetched anew in no time, by the client
 AT_A_TIME = 8  # files, as the client does
@@ -34,18 +25,21 @@ SECONDS_FOR_A_LOCK = 0.1  # whoever holds it longer is at work
 log = logging.getLogger("qlora")
 
 
-def fetch_large(
-    repository: str, kind: str, revision: str, patterns: Sequence[str], never: Sequence[str], bar: tqdm
-) -> None:
-    """Put the large files of a repository, `kind` models or datasets, at a commit into the hub's cache.
+def fetch_large(files: Iterable[ListedFile], repository: str, kind: str, revision: str, bar: tqdm) -> None:
+    """Put the large ones of these files of a repository, `kind` models or datasets, at a commit into the hub's cache.
 
-    `patterns` are globs of the wanted files, `never` of those that are not; `bar` is told of the bytes that come.
-    Raises the client's errors. The threads are daemons: an interrupt waits for none of them, whatever it waits for.
+    `bar` is told of the bytes that come. Raises the client's errors, and UserError at a file that the client leaves to
+    Xet. The threads are daemons: an interrupt waits for none of them, whatever it waits for.
     """
     about = {"revision": revision, "repo_type": kind.removesuffix("s")}
-    large = {file.path: file.size for file in _listing(repository, about) if file.size > LARGE}
-    wanted = filter_repo_objects(large, allow_patterns=list(patterns), ignore_patterns=list(never))
-    missing = [path for path in wanted if not isinstance(try_to_load_from_cache(repository, path, **about), str)]
+    large = {file.path: file.size for file in files if file.size > LARGE}
+    missing = [path for path in large if not isinstance(try_to_load_from_cache(repository, path, **about), str)]
+    for path in missing:
+        if large[path] > constants.MAX_HTTP_DOWNLOAD_SIZE:
+            raise UserError(
+                f"{repository}: {path} has {large[path]:,} bytes, and one of over"
+                f" {constants.MAX_HTTP_DOWNLOAD_SIZE:,} comes by Xet alone: start again with HF_HUB_DISABLE_XET=0"
+            )
     bar.total = sum(large[path] for path in missing)
     with ThreadPool(AT_A_TIME) as pool:
         for _ in pool.imap_unordered(partial(_fetch, repository, about, bar), missing):
@@ -62,22 +56,6 @@ def remove_left_over(files: Iterable[Path]) -> None:
                     log.info("removed %s, which a killed download left", begun)
             except OSError as error:  # another process is at work on it, or another user's cache
                 log.info("%s stays (%s)", begun, error)
-
-
-def _listing(repository: str, about: dict[str, str]) -> list[RepoFile]:
-    """The files of a repository, from the cache where it was listed before; none where the hub cannot be asked."""
-    try:
-        return get_cached_repo_tree(repository, **about)
-    except CachedRepoTreeNotFoundError:
-        log.info("asking for the files of %s", repository)
-    try:
-        listed = HfApi().list_repo_tree(
-            repository, recursive=True, revision=about["revision"], repo_type=about["repo_type"]
-        )
-        return [entry for entry in listed if isinstance(entry, RepoFile)]
-    except HUB_ERRORS as error:  # the client, asked next, does without, or says what is wrong
-        log.info("not listed: %s", error)
-        return []
 
 
 def _fetch(repository: str, about: dict[str, str], bar: tqdm, path: str) -> None:

@@ -23,6 +23,7 @@ MODEL_FILES = (
 NEVER = (
     *("*.gguf", "original/*", "onnx/*", "*consolidated*"),  # other copies of the same weights
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle"),  # would run code when they are loaded
+    *(".*", "*/.*"),  # hidden files, which hold settings of tools
     "source.json",  # the name of our own record beside the files
 )
 CODE = "*.py"  # of a model whose source has `remote_code`, and of no other

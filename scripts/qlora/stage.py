@@ -8,6 +8,7 @@ import errno
 import inspect
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -51,6 +52,18 @@ def _open_console() -> TextIO:
     return console
 
 
+def _without_queries(text: str) -> str:
+    """`text` with addresses cut at their `?`: what follows opens the storage of private files."""
+    return re.sub(r"(https?://[^\s?]+\?)\S+", r"\1...", text)
+
+
+class _Record(logging.LogRecord):
+    """What any library logs, without the queries of addresses."""
+
+    def getMessage(self) -> str:  # noqa: N802 the name that the handlers call
+        return _without_queries(super().getMessage())
+
+
 def _fail(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     """Say in one line on the terminal what went wrong; the whole trace goes to the log."""
     job = _job()
@@ -65,10 +78,10 @@ def _fail(kind: type[BaseException], error: BaseException, trace: types.Tracebac
         line = f"{kind.__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         line += f" (all of it in {job.log[0]})" if job and job.log else ""
     if job or not isinstance(error, UserError | KeyboardInterrupt):
-        traceback.print_exception(kind, error, trace)
+        sys.stderr.write(_without_queries("".join(traceback.format_exception(kind, error, trace))))
     # Ctrl-C shows as ^C, and Snakemake then writes a line and its end apart: without a break ours could join either.
     start = "\n" if isinstance(error, KeyboardInterrupt) else ""
-    console.write(f"{start}{what}: error: {line}\n")
+    console.write(f"{start}{what}: error: {_without_queries(line)}\n")
     console.flush()
 
 
@@ -90,6 +103,8 @@ console = _open_console()
 sys.excepthook = _fail
 for _request in STOP_REQUESTS:
     signal.signal(_request, _interrupt)
+logging.setLogRecordFactory(_Record)
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs a line for each request
 logging.basicConfig(
     level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
 )

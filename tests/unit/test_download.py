@@ -105,6 +105,7 @@ def test_what_is_needed_comes_from_the_hub_at_its_commit(tmp_path, hub, kind, pa
 def test_all_files_of_a_dataset_that_names_none_but_no_code_and_no_pickles(tmp_path, hub):
     download_source(tmp_path / "out", "datasets", "mine", pinned(hub, kind="dataset"), needed_files("datasets", {}))
     assert files_in(tmp_path / "out") == OF_MODEL | {"data/train-0.parquet", "data/test-0.parquet", "source.json"}
+    assert not hub.asked("/.gitattributes")
 
 
 def test_files_come_at_the_same_time(tmp_path, hub):

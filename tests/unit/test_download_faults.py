@@ -115,7 +115,7 @@ def test_wrong_bytes_are_told_and_fetched_anew(tmp_path, hub, path):
     source = pinned(hub, files=files)
     hub.fail("/objects/" if path.startswith("model") else path, method="GET", wrong=True)
     message = refusal(tmp_path, "models", source)
-    assert message.startswith(f"models.mine: {NAME}: {path} is not what it should be: its SHA-256 is ")
+    assert message.startswith(f"models.mine: {NAME}: {path} is not what it should be: its hash is ")
     assert message.endswith("; it was taken out of the hub's cache: start again, to fetch it anew")
     hub.requests.clear()
     download_source(tmp_path / "out", "models", "mine", source, MODEL)
@@ -123,18 +123,23 @@ def test_wrong_bytes_are_told_and_fetched_anew(tmp_path, hub, path):
     assert {Path(seen.path).name for seen in hub.asked("/resolve/")} == {path}
 
 
-def test_a_file_that_is_not_as_locked_is_refused(tmp_path, hub):
+def test_a_file_that_is_not_as_locked_is_refused_and_stays_in_the_cache(tmp_path, hub):
     source = pinned(hub)
+    download_source(tmp_path / "first", "models", "mine", source, MODEL)
+    found = hashlib.sha256(WEIGHTS).hexdigest()
     files = {"model.safetensors": {"size": 1, "sha256": "0" * 64}}
     entry = {"hub": NAME, "asked": "main", "commit": source["revision"], "files": files}
     lock = tmp_path / "lock.yaml"
     lock.write_text(yaml.safe_dump({"models": {"mine": entry}}))
-    assert f"its SHA-256 is {hashlib.sha256(WEIGHTS).hexdigest()}, stated is {'0' * 64};" in refusal(
-        tmp_path, "models", source, lock=lock
+    hub.requests.clear()
+    assert refusal(tmp_path, "models", source, lock=lock) == (
+        f"models.mine: {NAME}: model.safetensors has the SHA-256 {'0' * 64} in the lock, and the hub states {found}"
+        " at the same commit; find out why, then take the hub's with `make pin NAME=mine`"
     )
-    entry["files"]["model.safetensors"]["sha256"] = hashlib.sha256(WEIGHTS).hexdigest()
+    files["model.safetensors"]["sha256"] = found
     lock.write_text(yaml.safe_dump({"models": {"mine": entry}}))
     download_source(tmp_path / "out", "models", "mine", source, MODEL, lock)
+    assert not hub.asked("/resolve/")
 
 
 def test_a_hub_that_asks_to_wait_is_given_the_time(tmp_path, hub, waits):
@@ -165,6 +170,26 @@ def test_a_hub_that_keeps_failing_is_told(tmp_path, hub, monkeypatch, status, me
     assert refusal(tmp_path, "models", source) == f"models.mine: {NAME}: {message.format(hub=hub.url)}"
 
 
+def test_a_refusal_of_the_storage_blames_no_token(tmp_path, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    source = pinned(hub)
+    hub.fail("/objects/", status=403, times=1000)
+    assert refusal(tmp_path, "models", source) == (
+        f"models.mine: {NAME}: localhost, where the hub stores its files, refuses to give them (403); look whether a"
+        " proxy or a firewall keeps you from there, and start again, to go on"
+    )
+
+
+@pytest.mark.parametrize("text", ["/tree/", "/resolve/"])
+def test_a_refusal_where_there_is_no_token_asks_for_one(tmp_path, hub, text):
+    source = pinned(hub)
+    hub.fail(text, status=403, times=1000)
+    assert refusal(tmp_path, "models", source) == (
+        f"models.mine: {NAME}: the hub refuses those without a token (403);"
+        " set HF_TOKEN, or store one with `hf auth login`"
+    )
+
+
 def test_a_hub_that_fails_once_is_asked_again(tmp_path, hub):
     source = pinned(hub)
     for text in ("/tree/", "/config.json"):
@@ -186,7 +211,7 @@ def test_offline_without_the_files_is_told(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     source = pinned(hub)
     assert refusal(tmp_path, "models", source) == (
-        f"models.mine: {NAME} at {source['revision']} is not whole in the hub's cache, {tmp_path / 'cache'},"
+        f"models.mine: {NAME} at {source['revision']} is not known to be whole in the hub's cache, {tmp_path / 'cache'},"
         " and HF_HUB_OFFLINE is set; unset it once, to fetch what is missing"
     )
     assert not hub.requests
@@ -206,6 +231,18 @@ def test_a_full_disk_names_the_cache(tmp_path, hub, monkeypatch):
     source = pinned(hub)
     monkeypatch.setattr(file_download, "http_get", full)
     assert refusal(tmp_path, "models", source) == full_disk(NAME, tmp_path / "cache")
+
+
+def test_another_s_cache_is_told(tmp_path, hub, monkeypatch):
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "cache/blob"))
+
+    source = pinned(hub)
+    monkeypatch.setattr(file_download, "http_get", refuse)
+    assert refusal(tmp_path, "models", source) == (
+        f"models.mine: {NAME}: the hub's cache, {tmp_path / 'cache'}, cannot be used ([Errno 13]"
+        f" Permission denied: '{tmp_path / 'cache/blob'}'); set HF_HOME to a folder that you may write, and start again"
+    )
 
 
 def test_a_small_disk_fills_and_a_larger_one_goes_on(tmp_path, hub):

@@ -60,6 +60,18 @@ def test_the_variables_of_the_hub_are_honoured_and_the_token_is_seen_nowhere(tmp
     assert list((tmp_path / "home/hub").rglob(hashlib.sha256(WEIGHTS).hexdigest()))
 
 
+FAULTS = {"refused": {"status": 403, "times": 100}, "cut": {"cut": 0, "method": "GET"}}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+@pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS * 2], ids=["small", "large"])
+def test_addresses_that_open_storage_are_in_no_output(tmp_path, hub, surroundings, fault, weights):
+    hub.fail("/objects/", **fault)
+    done = download(pinned(hub, files={"model.safetensors": weights}), tmp_path, surroundings)
+    assert (done.returncode == 1) == ("status" in fault), done.stdout
+    assert "name=model.safetensors" not in done.stdout
+
+
 def test_a_login_that_the_hub_s_own_command_stored_opens_a_gated_model(tmp_path, hub, surroundings):
     source = pinned(hub, gated=True)
     hub.accepted[TOKEN].add(NAME)
@@ -84,7 +96,7 @@ def test_what_was_fetched_first_needs_no_hub_offline(tmp_path, hub, surroundings
     assert done.returncode == 0, done.stdout
     assert files_in(tmp_path / "out") == OF_MODEL | {"source.json"}
     refused = download(other, tmp_path, offline)
-    assert "is not whole in the hub's cache" in refused.stdout
+    assert "is not known to be whole in the hub's cache" in refused.stdout
     assert "HF_HUB_OFFLINE is set; unset it once" in refused.stdout
     assert refused.returncode == 1
     assert not hub.requests

@@ -106,6 +106,15 @@ def test_after_trouble_of_the_hub_the_next_start_goes_on(tmp_path, hub, weights)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_a_file_that_only_xet_transfers_is_told(tmp_path, hub, weights, monkeypatch):
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", len(WEIGHTS) - 1)
+    assert refusal(tmp_path, "models", weights) == (
+        f"{NAME}: model.safetensors has 1,024,000 bytes, and one of over 1,023,999 comes by Xet alone:"
+        " start again with HF_HUB_DISABLE_XET=0"
+    )
+    assert ranges(hub) == []
+
+
 def test_a_full_disk_keeps_what_came_and_a_larger_one_goes_on(tmp_path, hub, weights):
     cache = tmp_path / "cache"
     cache.mkdir()

@@ -217,6 +217,29 @@ def test_one_name_for_two_sources_is_refused(root):
         hub_items(root)
 
 
+def test_an_overlay_that_changes_but_the_revision_gives_one_name_two_sources(root, hub):
+    write(root / "config/experiments/other.yaml", models={"tagged": {"source": {"revision": "v2"}}})
+    with pytest.raises(UserError, match=r"config/experiments/other.yaml: models.tagged stands in another file"):
+        pin(root, [])
+    assert not hub.requests
+
+
+def test_an_overlay_that_says_of_a_source_what_is_known_changes_nothing(root):
+    write(root / "config/experiments/other.yaml", models={"tagged": {"source": {"hub": "owner/small"}}, "newest": {}})
+    assert hub_items(root)["models"]["tagged"] == {"source": {"hub": "owner/small", "revision": "v1"}}
+
+
+@pytest.mark.parametrize("text", [b"models: [", b"models:\n  x: {source: \xff}\n"], ids=["YAML", "UTF-8"])
+def test_a_configuration_that_cannot_be_read_is_told_in_one_line(root, monkeypatch, capsys, text):
+    monkeypatch.setattr(tool, "ROOT", root)
+    (root / "config/models.yaml").write_bytes(text)
+    assert tool.main([]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("pin: error: config/models.yaml: cannot be read as YAML (")
+    assert told.endswith("); mend it\n")
+    assert told.count("\n") == 1
+
+
 def test_the_command_ends_with_the_line_or_the_error(root, hub, monkeypatch, capsys):
     monkeypatch.setattr(tool, "ROOT", root)
     assert tool.main([]) == 0

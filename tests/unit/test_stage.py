@@ -241,6 +241,34 @@ def test_full_disk_is_told_by_name(folder):
     )
 
 
+def test_what_opens_an_address_is_printed_nowhere(folder):
+    script = folder / "scripts" / "copy.py"
+    script.write_text(
+        textwrap.dedent("""
+        from qlora.stage import log, run_stage
+        import logging
+
+        ADDRESS = "https://storage.example/object?signature=secret&more=secret"
+
+        def fetch(target: str) -> None:
+            logging.getLogger("httpx2").info("HTTP Request: GET %s", ADDRESS)
+            log.info("tried %s in vain", ADDRESS)
+            try:
+                raise ValueError(f"for url '{ADDRESS}'")
+            except ValueError as error:
+                raise RuntimeError(f"refused by {ADDRESS} today") from error
+
+        run_stage(fetch)
+        """)
+    )
+    done = by_hand(folder, "--target", "out.txt")
+    assert "secret" not in done.stderr
+    assert "HTTP Request" not in done.stderr
+    assert "tried https://storage.example/object?... in vain" in done.stderr
+    assert "ValueError: for url 'https://storage.example/object?...\n" in done.stderr
+    assert done.stderr.endswith("copy: error: RuntimeError: refused by https://storage.example/object?... today\n")
+
+
 def snakemake(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """Snakemake in a process group of its own, its terminal's output in one pipe."""
     command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
