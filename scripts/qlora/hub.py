@@ -85,14 +85,14 @@ def explained(error: Exception, kind: str, repository: str, revision: str) -> st
         page = page_of(kind, repository)
         return (
             f"{repository} is gated: accept its terms at {page},"
-            " then set HF_TOKEN to a token of that account, or store one with `hf auth login`"
+            " then set HF_TOKEN to a token of that account, or store one with `.venv/bin/hf auth login`"
         )
     if isinstance(error, RevisionNotFoundError):
         return f"{repository} has no revision {revision}; pin one that it has"
     if isinstance(error, RepositoryNotFoundError):
         return (
             f"{repository} is not on the hub, or private; mend the name,"
-            " or set HF_TOKEN to a token that may read it, or store one with `hf auth login`"
+            " or set HF_TOKEN to a token that may read it, or store one with `.venv/bin/hf auth login`"
         )
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         return (
@@ -129,9 +129,9 @@ def _refusal(status: int, host: str) -> str:
             " firewall keeps you from there, and start again, to go on"
         )
     if checked_token() is None:
-        return f"the hub refuses those without a token ({status}); set HF_TOKEN, or store one with `hf auth login`"
+        return f"the hub refuses those without a token ({status}); set HF_TOKEN, or store one with `.venv/bin/hf auth login`"
     return (
-        f"the hub refuses the token ({status}), which HF_TOKEN or `hf auth login` gave;"
+        f"the hub refuses the token ({status}), which HF_TOKEN or `.venv/bin/hf auth login` gave;"
         f" make one that may read it at {constants.ENDPOINT}/settings/tokens"
     )
 

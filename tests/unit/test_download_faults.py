@@ -20,7 +20,7 @@ REFUSED = {
     "no such repository": (
         {"hub": "owner/none", "revision": "0" * 40},
         "owner/none is not on the hub, or private; mend the name,"
-        " or set HF_TOKEN to a token that may read it, or store one with `hf auth login`",
+        " or set HF_TOKEN to a token that may read it, or store one with `.venv/bin/hf auth login`",
     ),
     "no such commit": (
         {"hub": NAME, "revision": "0" * 40},
@@ -43,7 +43,7 @@ def test_a_gated_repository_names_the_page_and_the_variable(tmp_path, hub, monke
     source = pinned(hub, "owner/gated", gated=True, kind=kind)
     assert refusal(tmp_path, f"{kind}s", source) == (
         f"{kind}s.mine: owner/gated is gated: accept its terms at {hub.url}/{page},"
-        " then set HF_TOKEN to a token of that account, or store one with `hf auth login`"
+        " then set HF_TOKEN to a token of that account, or store one with `.venv/bin/hf auth login`"
     )
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.accepted[TOKEN].add("owner/gated")
@@ -54,7 +54,7 @@ def test_a_token_that_the_hub_does_not_know(tmp_path, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     message = refusal(tmp_path, "models", pinned(hub))
     assert message == (
-        f"models.mine: {NAME}: the hub refuses the token (401), which HF_TOKEN or `hf auth login` gave;"
+        f"models.mine: {NAME}: the hub refuses the token (401), which HF_TOKEN or `.venv/bin/hf auth login` gave;"
         f" make one that may read it at {hub.url}/settings/tokens"
     )
     assert "hf_wrong" not in message
@@ -155,7 +155,7 @@ FAILING = {
     "trouble": (503, "the hub has trouble (503); start again later, to go on"),
     "a token without the right": (
         403,
-        "the hub refuses the token (403), which HF_TOKEN or `hf auth login` gave;"
+        "the hub refuses the token (403), which HF_TOKEN or `.venv/bin/hf auth login` gave;"
         " make one that may read it at {hub}/settings/tokens",
     ),
 }
@@ -186,7 +186,7 @@ def test_a_refusal_where_there_is_no_token_asks_for_one(tmp_path, hub, text):
     hub.fail(text, status=403, times=1000)
     assert refusal(tmp_path, "models", source) == (
         f"models.mine: {NAME}: the hub refuses those without a token (403);"
-        " set HF_TOKEN, or store one with `hf auth login`"
+        " set HF_TOKEN, or store one with `.venv/bin/hf auth login`"
     )
 
 
