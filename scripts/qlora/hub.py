@@ -129,7 +129,10 @@ def _refusal(status: int, host: str) -> str:
             " firewall keeps you from there, and start again, to go on"
         )
     if checked_token() is None:
-        return f"the hub refuses those without a token ({status}); set HF_TOKEN, or store one with `.venv/bin/hf auth login`"
+        return (
+            f"the hub refuses those without a token ({status});"
+            " set HF_TOKEN, or store one with `.venv/bin/hf auth login`"
+        )
     return (
         f"the hub refuses the token ({status}), which HF_TOKEN or `.venv/bin/hf auth login` gave;"
         f" make one that may read it at {constants.ENDPOINT}/settings/tokens"
