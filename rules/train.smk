@@ -15,6 +15,8 @@ rule train:
     params:
         code=code_of("train_run.py"),
         run=value_at("{run}", RUNS),
+        form=form_of,
+        system=system_of,
         attention=attention_of,
         device=DEVICE,
         threads=CPU_THREADS,

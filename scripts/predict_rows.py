@@ -19,7 +19,7 @@ from qlora.conversations import Message, placed_system
 from qlora.encoding import encode
 from qlora.errors import UserError
 from qlora.files import check_files, check_source, meanwhile, read_json, read_jsonl, write_jsonl
-from qlora.generation import SLACK, greedy
+from qlora.generation import SLACK, greedy, named_stops
 from qlora.loss import softcap_of, token_nll
 from qlora.models import load_quantized, set_threads
 from qlora.render import (
@@ -239,12 +239,6 @@ def _one_line(examples: Sequence[Sequence[Message]]) -> bool:
 def _cut(ids: list[int], room: int, opening: int) -> list[int]:
     """Ids, or labels, cut on the left to `room`; the first `opening` ones stay, a BOS where there is one."""
     return ids if len(ids) <= room else ids[:opening] + ids[len(ids) - room + opening :]
-
-
-def named_stops(network: Any) -> set[int]:
-    """The tokens at which generation ends by the model's own generation config."""
-    named = network.generation_config.eos_token_id
-    return set(named) if isinstance(named, list) else set() if named is None else {named}
 
 
 def batches_of(asked: Sequence[Question], size: int) -> list[list[int]]:

@@ -41,6 +41,8 @@ def train_run(
     training_log: Path,
     samples: Path,
     run: Mapping[str, Any],
+    form: Mapping[str, str] | None,
+    system: str,
     attention: str,
     device: str,
     threads: int,
@@ -54,7 +56,8 @@ def train_run(
     `run` holds name, model, mixture, recipe, seed and settings (the recipe with the run's overrides). Checkpoints lie
     in a folder below `checkpoints` named by a hash of all that decides the result, so a run goes on from its own alone.
     A finished run is kept under the same hash below `finished`, and taken from there when it is asked for again.
-    `preflight` is the model's report, which says whether its rows may be packed.
+    `preflight` is the model's report, which says whether its rows may be packed. `form` (a named format, None: the
+    chat template) and `system` are what rendered the rows: noted, for who asks the run in the same way.
     """
     started = time.monotonic()
     set_threads(threads, device)
@@ -68,14 +71,15 @@ def train_run(
         )
     room = card["max_length"]  # of a packed row
     key = digest(settings, run["seed"], pins, versions(), device, threads, attention, batching, room, code)
-    names = {name: run[name] for name in ("name", "model", "mixture", "recipe")}
+    noted = {name: run[name] for name in ("name", "model", "mixture", "recipe")}
+    noted["prompt"] = {"format": form, "system": system}
     outputs = {"adapter": adapter, "record": record, "training_log": training_log, "samples": samples}
     folder, kept = Path(checkpoints) / f"{run['name']}-{key}", Path(finished) / key
     if kept.is_dir():
         check(model, tokens)
         if take(kept, outputs):
             log.info("finished before: taken from %s, no step is needed", kept)
-            write_json(record, {**read_json(record), **names})
+            write_json(record, {**read_json(record), **noted})
             return
     job = Job(model, tokens, settings, run["seed"], attention, device, batching, folder, tensorboard)
     trainer = make_trainer(job, partial(check, model, tokens))
@@ -110,7 +114,7 @@ def train_run(
     write_json(
         record,
         {
-            **names,
+            **noted,
             "seed": run["seed"],
             "settings": settings,
             "key": key,
@@ -119,6 +123,7 @@ def train_run(
             "versions": versions(),
             "commit": commit(),
             "hardware": hardware(device, threads),
+            "attention": attention,
             "computed by": trainer.chosen,
             "batching": batching,
             "steps": trainer.state.global_step,

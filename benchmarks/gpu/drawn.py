@@ -41,6 +41,8 @@ def make_job(experiment: str, base: Path, job: Path) -> None:
         job / "run.json",
         {
             **run.entry,
+            "prompt": {"format": run.form, "system": run.system},
+            "attention": run.attention,
             "pins": {"model": {"source": source["source"], "files": files}},
             "versions": versions(),
             "commit": commit(),

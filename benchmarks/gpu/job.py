@@ -59,6 +59,8 @@ def ours(given: argparse.Namespace, run: Run) -> dict[str, Any]:
         training_log=given.out / "training_log.csv",
         samples=given.out / "samples.jsonl",
         run={**run.entry, "settings": settings},
+        form=run.form,
+        system=run.system,
         attention=run.attention,
         device=given.device,
         threads=run.threads,

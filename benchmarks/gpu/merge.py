@@ -58,14 +58,13 @@ def merge(job: Path, base: Path, device: str) -> Line:
     return {**found, "merged GiB": round(size / 2**30, 2), "drift": drift}
 
 
-def chat(job: Path, base: Path, experiment: str, device: str, merged: bool) -> Line:
+def chat(job: Path, base: Path, device: str, merged: bool) -> Line:
     """The answer to one prompt, and how long it took from the start of the process."""
     started = time.monotonic()
     answered = subprocess.run(
         [
             *(sys.executable, str(SCRIPTS / "chat.py"), str(job), "--prompt", PROMPT, "--max-new-tokens", "32"),
-            *("--configfile", f"config/experiments/{experiment}.yaml", "--device", device),
-            *(["--merged"] if merged else ["--base", str(base)]),
+            *("--device", device, *(["--merged"] if merged else ["--base", str(base)])),
         ],
         cwd=SCRIPTS.parent,
         capture_output=True,
@@ -80,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", type=Path)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--experiment", default="llama2-sql-mix", help="whose overlay names the model")
+    parser.add_argument("--experiment", default="llama2-sql-mix", help="that it is of")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--chats", nargs="*", choices=CHATS, default=CHATS, help="that are asked, both where not given")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", HERE)) / EXPERIMENTS_RESULTS.name)
@@ -90,7 +89,7 @@ def main() -> None:
     found = merge(job, base, given.device)
     print(json.dumps(found), flush=True)
     for kind in () if "failed" in found else given.chats:
-        found[kind] = chat(job, base, given.experiment, given.device, kind == "chat merged")
+        found[kind] = chat(job, base, given.device, kind == "chat merged")
         print(json.dumps({kind: found[kind]}), flush=True)
     run = {"run": record["name"], "steps": record["steps"]}
     about = {"table": "merge", "experiment": given.experiment, **run, "way": given.device}

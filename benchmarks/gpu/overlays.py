@@ -31,6 +31,8 @@ class Run:
 
     experiment: str
     entry: Mapping[str, Any]  # name, model, mixture, recipe, seed, settings
+    form: Mapping[str, str] | None
+    system: str
     attention: str
     max_length: int
     threads: int
@@ -59,13 +61,10 @@ def configured(experiment: str) -> dict[str, Any]:
 def runs_of(experiment: str) -> list[Run]:
     """The runs of an experiment, in its order."""
     config = configured(experiment)
-    return [
-        Run(
-            experiment,
-            entry,
-            config["models"][entry["model"]]["attention"],
-            config["mixtures"][entry["mixture"]]["max_length"],
-            config["threads"],
-        )
-        for entry in config["runs"]
-    ]
+    runs = []
+    for entry in config["runs"]:
+        model, mixture = config["models"][entry["model"]], config["mixtures"][entry["mixture"]]
+        form = config["formats"][model["format"]] if model["format"] else None
+        rendered = (form, model["system"], model["attention"])
+        runs.append(Run(experiment, entry, *rendered, mixture["max_length"], config["threads"]))
+    return runs

@@ -9,6 +9,12 @@ from transformers.generation.streamers import BaseStreamer
 SLACK = 8  # tokens that an answer may be longer than the longest one that is known to be true
 
 
+def named_stops(network: Any) -> set[int]:
+    """The tokens at which generation ends by the model's own generation config."""
+    named = network.generation_config.eos_token_id
+    return set(named) if isinstance(named, list) else set() if named is None else {named}
+
+
 def greedy(
     network: Any,
     prompts: Sequence[Sequence[int]],

@@ -13,36 +13,23 @@ import pytest
 import torch
 from tiny_models import FORM, QUANTIZATION, make_base, make_preflight, make_rows, make_tokens, train
 
-from chat import main
+from chat import conversations, main
 from merge_adapter import merge_adapter
 from predict_rows import predict_rows
 from qlora.errors import UserError
-from qlora.files import read_json, read_jsonl, write_json
+from qlora.files import read_jsonl, write_json
 from qlora.generation import greedy
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = ("--max-new-tokens", "12")
 EXACT = {**QUANTIZATION, "compute_dtype": "float32"}  # on every device
-CONFIG = f"""\
-models: {{tiny: {{source: {{build: {{architecture: llama}}}}, format: test}}}}
-formats: {{test: {json.dumps(FORM)}}}
-datasets: {{facts: {{source: {{path: .}}, prompt: "{{q}}", completion: "{{a}}"}}}}
-mixtures: {{all: {{datasets: {{facts: {{}}}}}}}}
-recipes: {{all: {{}}}}
-runs: [{{name: facts, model: tiny, mixture: all, recipe: all}}]
-suites: {{all: {{datasets: [facts]}}}}
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository's folder with a trained run, its predictions, and its merged model."""
+    """A repository's folder with a trained run and its predictions; no config, which may be another one by now."""
     here = tmp_path_factory.mktemp("repository")
     shutil.copytree(ROOT / "scripts", here / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    (here / "config").mkdir()
-    shutil.copy(ROOT / "config" / "schema.yaml", here / "config")
-    for name, text in (("models", "formats: {}"), ("datasets", "datasets: {}"), ("config", CONFIG)):
-        (here / "config" / f"{name}.yaml").write_text(text)
     base = make_base(here / "results/sources/models/tiny")
     dataset = make_rows(here)
     tokens, run = make_tokens(here, base, dataset), here / "results/runs/facts"
@@ -172,32 +159,110 @@ def test_lines_are_answered_one_by_one_and_an_empty_line_begins_anew(folder: Pat
     assert with_history.split() != told.split()
 
 
+def test_a_full_context_is_told_and_what_was_said_is_forgotten(
+    folder: Path, chat: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = asked(folder)[:2]
+    aside = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", aside)
+    told = chat("results/runs/facts", *LIMIT, said=f"{first}\n{'long ' * 300}\n{second}\n")
+    assert told.split() == " ".join(generated(folder, "tuned")[:2]).split()
+    assert aside.getvalue().endswith(
+        "tokens and fills the model's context of 256; shorten it (what was said before is forgotten)\n"
+    )
+
+
 def test_the_merged_model_answers_too(folder: Path, chat: Callable[..., str]) -> None:
     arguments = ("results/runs/facts", "--file", "facts/test.jsonl", *LIMIT, "--merged")
-    with pytest.raises(UserError, match="results/runs/facts/merged is not there; make it: snakemake"):
+    making = "snakemake --cores all results/runs/facts/merged"
+    with pytest.raises(UserError, match=f"results/runs/facts/merged is not there; make it: {making}"):
         chat(*arguments)
     run, base = folder / "results/runs/facts", folder / "results/sources/models/tiny"
     merge_adapter(base, run / "adapter", run / "merged", EXACT, "sdpa", "cpu")
     told = [json.loads(line)["answer"] for line in chat(*arguments).splitlines()]
     same = sum(answer == wanted for answer, wanted in zip(told, generated(folder, "tuned"), strict=True))
     assert same >= len(told) / 2  # bfloat16 decides near ties otherwise
+    shutil.copytree(run, folder / "results/runs/again")
+    with (folder / "results/runs/again/adapter/adapter_config.json").open("a") as file:
+        file.write("\n")
+    again = "results/runs/again/merged"
+    with pytest.raises(UserError) as caught:
+        chat("results/runs/again", "--merged", "--configfile", "mine.yaml", "more.yaml")
+    assert str(caught.value) == (
+        f"{again}: of another adapter than the run has now; delete it and make it anew:"
+        f" snakemake --cores all {again} --configfile mine.yaml more.yaml"
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["results/runs/facts", "--base", "gone"], "gone: the base 'tiny' is not there; make it: snakemake"),
+        (
+            ["results/runs/facts", "--base", "gone"],
+            "gone: the base 'tiny' is not there; make it: snakemake --cores all results/sources/models/tiny"
+            " (with --configfile where the run is of an overlay)",
+        ),
+        (
+            ["results/runs/facts", "--base", "gone", "--configfile", "mine.yaml"],
+            "make it: snakemake --cores all results/sources/models/tiny --configfile mine.yaml",
+        ),
         (["results/runs/facts", "--file", "gone.txt"], "gone.txt: no such file of prompts"),
-        (["results/runs/facts", "--configfile", "gone.yaml"], "gone.yaml is not there; start this from the"),
         (["results/runs/facts", "--base", "other"], "other: not the base that the run was trained on"),
-        (["results/runs/elsewhere"], "its model 'mine' is not in the config; name the overlay that has it"),
-        (["results/runs/facts", "--prompt", "long " * 300], "tokens and fills the model's context; shorten it"),
+        (["results/runs/facts", "--prompt", "long " * 300], "tokens and fills the model's context of 256; shorten it"),
     ],
 )
 def test_what_is_missing_is_named(folder: Path, chat: Callable[..., str], arguments: list[str], line: str) -> None:
     write_json(folder / "other/source.json", {"source": {}, "files": {}})
-    record = read_json(folder / "results/runs/facts/run.json")
-    write_json(folder / "results/runs/elsewhere/run.json", {**record, "model": "mine"})
     with pytest.raises(UserError) as caught:
         chat(*arguments)
     assert line in str(caught.value)
+
+
+ASKED = [("user", "one"), ("assistant", "two"), ("user", "three")]
+TURNS = [{"role": role, "content": content} for role, content in [*ASKED, ("assistant", "four")]]
+SHARED = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}, {"from": "human", "value": "three"}]
+
+
+def asked_in(path: Path, text: str, system: str | None = None) -> list[list[tuple[str, str]]]:
+    """Role and text of each message of the conversations in a file of prompts."""
+    path.write_text(text, encoding="utf-8")
+    return [[(turn["role"], turn["content"]) for turn in turns] for turns in conversations(path, system)]
+
+
+@pytest.mark.parametrize("turns", [TURNS, TURNS[:-1], SHARED])
+def test_messages_are_asked_up_to_their_last_question(turns: list[Any], tmp_path: Path) -> None:
+    row = {"messages": turns}
+    assert asked_in(tmp_path / "rows.jsonl", json.dumps(row)) == [ASKED]
+    assert asked_in(tmp_path / "rows.json", json.dumps([row, {"prompt": "{x}"}])) == [ASKED, [("user", "{x}")]]
+
+
+def test_a_system_message_that_is_given_stands_before_all_prompts_of_a_file(tmp_path: Path) -> None:
+    own = {"messages": [{"role": "system", "content": "Be rude."}, *TURNS]}
+    rows = "".join(json.dumps(row) + "\n" for row in (own, {"messages": TURNS}, {"prompt": "one"}))
+    given, kept = ("system", "Be short."), ("system", "Be rude.")
+    assert asked_in(tmp_path / "rows.jsonl", rows, "Be short.") == [[given, *ASKED], [given, *ASKED], [given, ASKED[0]]]
+    assert asked_in(tmp_path / "rows.jsonl", rows) == [[kept, *ASKED], ASKED, [ASKED[0]]]
+    assert asked_in(tmp_path / "rows.txt", "one\n", "Be short.") == [[given, ASKED[0]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("rows.jsonl", '{"prompt": "a"}\n{"prompt"\n', ", line 2: not JSON (Expecting ':' delimiter at column 10)"),
+        ("rows.jsonl", '{"messages": []}', ", row 1: has no prompt; mend it"),
+        ("rows.jsonl", '{"messages": [{"role": "tool", "content": "a"}]}', ", row 1: holds a turn of a tool; mend it"),
+        ("rows.jsonl", '{"prompt": ["a"]}', ", row 1, column 'prompt': holds a list, must be a text or a number"),
+        ("rows.jsonl", '{"prompt": "a"}\n{"text": "b"}', ", row 2: neither 'prompt' nor 'messages' in it; add one"),
+        ("rows.json", '{"prompt": "a"}', ": must hold a list of objects"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(name: str, text: str, line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        asked_in(tmp_path / name, text)
+    assert str(caught.value) == f"{tmp_path / name}{line}"
+
+
+def test_lines_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(UserError, match=r"prompts\.txt: not UTF-8; convert the file, e\.g\. with iconv"):
+        list(conversations(tmp_path / "prompts.txt", None))

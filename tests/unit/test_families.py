@@ -138,7 +138,7 @@ def test_a_family_is_tokenised_checked_trained_and_merged(family: str, tmp_path:
     as_documented(found, family)
     tokens = make_tokens(tmp_path, base, make_rows(tmp_path, train=12), family)
     settings = {"learning_rate": 1e-5, "max_steps": 3, "batching": "packed", "batch_size": 2}
-    run = train(base, tokens, tmp_path / "preflight.json", tmp_path / "run", made.attention, **settings)
+    run = train(base, tokens, tmp_path / "preflight.json", tmp_path / "run", family, **settings)
     record = read_json(run.folder / "run.json")
     assert record["batching"] == ("packed" if found["packs"] else "grouped")
     assert record["steps"] == 3

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from test_config import COMMIT, SMALL
 from tiny_models import FORM, QUANTIZATION, make_base, make_preflight, make_rows, make_tokens, train
 from transformers import AutoTokenizer, dynamic_module_utils
 
-from chat import check_code
+from chat import check_code, main
 from download_source import download_source
 from merge_adapter import merge_adapter
 from predict_rows import predict_rows
@@ -19,7 +20,7 @@ from qlora.config import checked_config
 from qlora.errors import UserError
 from qlora.files import files_below, read_json, read_jsonl, write_json
 from qlora.pins import needed_files
-from qlora.pretrained import loaded
+from qlora.pretrained import loaded, runs_own_code
 
 CODE = b"""
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -70,8 +71,11 @@ def test_it_is_neither_fetched_nor_run_where_nobody_allows_it(hub: HubServer, tm
     assert not [request for request in hub.requests if "own.py" in request.path]
 
 
-def test_a_model_that_is_allowed_its_code_is_trained_and_asked(hub: HubServer, tmp_path: Path) -> None:
-    base = downloaded(allowed(published(hub, tmp_path)), tmp_path / "own")
+def test_a_model_that_is_allowed_its_code_is_trained_and_asked(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = allowed(published(hub, tmp_path))
+    base = downloaded(source, tmp_path / "own")
     report = make_preflight(base)
     assert read_json(report)["class"] == "OwnForCausalLM"
     dataset = make_rows(tmp_path)
@@ -86,6 +90,19 @@ def test_a_model_that_is_allowed_its_code_is_trained_and_asked(hub: HubServer, t
     assert len(list(read_jsonl(tmp_path / "rows.jsonl"))) == 6
     with pytest.raises(UserError, match=r"own: a merged model would need the code that comes with it; use base and"):
         merge_adapter(base, run / "adapter", tmp_path / "merged", QUANTIZATION, "sdpa", "cpu")
+    for name in ("models", "datasets", "config"):
+        write_json(tmp_path / f"config/{name}.yaml", SMALL if name == "config" else {})
+    write_json(tmp_path / "mine.yaml", {"models": {"own": {"source": source}}})
+    asked = ["chat.py", "run", "--base", "own", "--prompt", "What?", "--device", "cpu", "--max-new-tokens", "4"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", asked)
+    with pytest.raises(UserError, match=r"own: brings code that the config does not allow; see remote_code in docs/"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*asked, "--configfile", "gone.yaml"])
+    with pytest.raises(UserError, match=r"gone\.yaml is not there; start this from the repository's folder"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*asked, "--configfile", "mine.yaml"])
+    main()
 
 
 @pytest.mark.parametrize("file", ["own.py", "config.json"])
@@ -154,7 +171,7 @@ def test_chat_runs_no_code_that_the_config_does_not_allow(hub: HubServer, tmp_pa
     for other in (without, {}, allowed({**source, "revision": "0" * 40})):
         with pytest.raises(UserError, match=r"own: brings code that the config does not allow; see remote_code in"):
             check_code(base, other)
-    check_code(downloaded(without, tmp_path / "plain"), {})
+    assert not runs_own_code(downloaded(without, tmp_path / "plain"))
 
 
 @pytest.mark.parametrize(

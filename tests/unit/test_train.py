@@ -7,7 +7,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from tiny_models import QUANTIZATION, SETTINGS, make_base, make_rows, make_tokens
+from tiny_models import FORM, QUANTIZATION, SETTINGS, make_base, make_rows, make_tokens
 from transformers import TrainerCallback
 from transformers.models.falcon import modeling_falcon
 
@@ -34,7 +34,13 @@ class Case:
         write_json(self.preflight, {"model": "base", "packs": True})
 
     def train(
-        self, name: str, seed: int = 1, checkpoints: str = "checkpoints", finished: str = "", **settings: Any
+        self,
+        name: str,
+        seed: int = 1,
+        checkpoints: str = "checkpoints",
+        finished: str = "",
+        system: str = "template",
+        **settings: Any,
     ) -> Path:
         """Train, and return the run's folder."""
         run = {"name": name, "model": "base", "mixture": "mixture", "recipe": "test", "seed": seed}
@@ -48,6 +54,8 @@ class Case:
             training_log=folder / "training_log.csv",
             samples=folder / "samples.jsonl",
             run={**run, "settings": {**SETTINGS, **settings}},
+            form=FORM,
+            system=system,
             attention="sdpa",
             device="cpu",
             threads=1,
@@ -93,6 +101,8 @@ def test_a_run_leaves_a_record_and_a_log(case: Case) -> None:
     assert 0 < record["supervised tokens"] < record["tokens"]
     assert record["peak memory in bytes"]["resident"] > 2**20
     assert set(record["pins"]["tokens"]) == {"train.arrow", "validation.arrow"}
+    assert record["prompt"] == {"format": FORM, "system": "template"}
+    assert record["attention"] == "sdpa"
     with (folder / "training_log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows if row["loss"]] == ["2", "4", "6"]
@@ -110,6 +120,11 @@ def test_a_run_that_finished_before_is_taken_without_a_step(case: Case, monkeypa
     renamed = case.train("renamed", finished="kept", learning_rate=1e-3)
     assert adapter_bytes(renamed) == adapter_bytes(back)
     assert {**read_json(back / "run.json"), "name": "renamed"} == read_json(renamed / "run.json")
+    placed = read_json(case.train("kept", system="user", learning_rate=1e-3) / "run.json")
+    assert placed["prompt"] == {
+        "format": FORM,
+        "system": "user",
+    }  # of the same rows, in which none has a system message
 
 
 def test_a_model_that_mixes_packed_rows_gets_batches_of_like_length(case: Case) -> None:

@@ -202,13 +202,14 @@ def layers_in_4_bits(network: torch.nn.Module) -> list[Linear4bit]:
     return [module for module in network.modules() if isinstance(module, Linear4bit)]
 
 
-def train(base: Path, tokens: Path, preflight: Path, folder: Path, attention: str = "sdpa", **settings: Any) -> Trained:
+def train(base: Path, tokens: Path, preflight: Path, folder: Path, family: str = "llama", **settings: Any) -> Trained:
     """Run the stage `train` into `folder`, with SETTINGS changed by `settings`."""
+    made = FAMILIES[family]
     seen: list[Trained] = []
-    made = train_run.make_trainer
+    make_trainer = train_run.make_trainer
 
     def keeping(*job: Any) -> Trainer:
-        trainer = made(*job)
+        trainer = make_trainer(*job)
         adapter = [weight.detach().clone() for weight in trainer.trainable()]
         layers = layers_in_4_bits(trainer.model)
         seen.append(Trained(folder, trainer, adapter, [layer.weight.detach().clone() for layer in layers]))
@@ -228,7 +229,9 @@ def train(base: Path, tokens: Path, preflight: Path, folder: Path, attention: st
                 **{"name": folder.name, "model": base.name, "mixture": "mixture", "recipe": "test", "seed": 1},
                 "settings": {**SETTINGS, **settings},
             },
-            attention=attention,
+            form=made.form,
+            system=made.system,
+            attention=made.attention,
             device="cpu",
             threads=1,
             code="0",
@@ -237,7 +240,7 @@ def train(base: Path, tokens: Path, preflight: Path, folder: Path, attention: st
             tensorboard=str(folder / "tensorboard"),
         )
     finally:
-        train_run.make_trainer = made
+        train_run.make_trainer = make_trainer
     return seen[0]
 
 

@@ -46,8 +46,8 @@ def test_merge_gguf_export_and_chat(finished_copy: Workspace, tmp_path: Path, mo
     assert f"{to}/llama/README.md was changed since it was exported; move it away" in refused
     assert (to / "llama/README.md").read_text() == "mine"
 
-    command = [sys.executable, "scripts/chat.py", "results/runs/llama", "--prompt", "Post: a\nTitle?", "--configfile"]
-    told = subprocess.run([*command, "reduced.yaml"], cwd=finished_copy.folder, capture_output=True, text=True)
+    command = [sys.executable, "scripts/chat.py", "results/runs/llama", "--prompt", "Post: a\nTitle?"]
+    told = subprocess.run(command, cwd=finished_copy.folder, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
 
 

@@ -29,6 +29,8 @@ def test_leaves_every_output_of_the_public_interface(finished: Workspace) -> Non
         record = json.loads((folder / "run.json").read_text())
         assert record["steps"] == 12
         assert record["supervised tokens"] > 0
+        assert record["prompt"]["format"]["user"] == "{content}\nAnswer:"
+        assert (record["prompt"]["system"], record["attention"]) == ("template", "sdpa")
         assert record["versions"]["torch"].startswith("2.13.0")
         log = list(csv.DictReader((folder / "training_log.csv").open()))
         assert [row["step"] for row in log if row["eval_loss"]] == ["6", "12"]
@@ -69,6 +71,13 @@ def test_one_value_of_one_run_reruns_that_run_alone(finished_copy: Workspace) ->
     assert finished_copy.planned() == {"train": 1, "predict_tuned": 1, "evaluate_tuned": 1, **JOINT}
     config.write_text(text)
     assert finished_copy.planned() == {}
+
+
+def test_another_format_makes_rows_and_runs_anew(finished_copy: Workspace) -> None:
+    registry = finished_copy.folder / "config/models.yaml"
+    registry.write_text(registry.read_text().replace('user: "{content}\\nAnswer:"', 'user: "{content}\\nSo:"'))
+    planned = finished_copy.planned()
+    assert {rule: planned.get(rule) for rule in ("tokenize", "train")} == {"tokenize": 2, "train": 2}
 
 
 def test_an_edit_to_a_shared_module_reruns_what_imports_it(finished_copy: Workspace) -> None:
