@@ -17,7 +17,6 @@ rule export_run:
         to=config["to"],
         base=base_name_of,
         sources=sources_of,
-        form=form_of,
         commands=commands_of,
         asked=time.time(),  # a copy is made each time it is asked for: Snakemake does not see whether it is still there
     log:

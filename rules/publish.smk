@@ -21,7 +21,6 @@ rule publish_run:
         repository=SENT_AS if PUBLISH_TO else "",
         base=base_name_of,
         sources=sources_of,
-        form=form_of,
         commands=commands_of,
         private=config["publish_private"],
         dry_run=DRY_RUN,

@@ -25,7 +25,6 @@ def export_run(
     to: str,
     base: str,
     sources: list[dict[str, str]],
-    form: Mapping[str, str] | None,
     commands: Mapping[str, str],
     merged: Path | None = None,
 ) -> None:
@@ -36,7 +35,7 @@ def export_run(
     """
     if not to:
         raise UserError("export: say where to with --config to=FOLDER")
-    subject = subject_of(record, metrics, model, base, sources, form, commands)
+    subject = subject_of(record, metrics, model, base, sources, commands)
     target = Path(to).expanduser().absolute() / subject.run["name"]
     check_replaceable(target)
     files = bundle(adapter, model, subject, str(target))

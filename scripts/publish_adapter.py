@@ -38,7 +38,6 @@ def publish_adapter(
     repository: str,
     base: str,
     sources: list[dict[str, str]],
-    form: Mapping[str, str] | None,
     commands: Mapping[str, str],
     private: bool,
     dry_run: bool,
@@ -50,7 +49,7 @@ def publish_adapter(
     """
     if not repository:
         raise UserError("publish: say where to with --config publish_to=owner/name")
-    subject = subject_of(record, metrics, model, base, sources, form, commands)
+    subject = subject_of(record, metrics, model, base, sources, commands)
     files = bundle(weights, model, subject, repository)
     for line in objections(sources):
         log.warning("licence: %s", line)

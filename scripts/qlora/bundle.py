@@ -30,8 +30,13 @@ class Subject:
     base: str  # what the base is called on the hub, or its folder here
     family: str  # model_type of the base's config
     sources: Sequence[Source]  # of the base and of the datasets
-    form: Mapping[str, str] | None  # the named prompt format, None where the tokenizer's chat template renders
     commands: Mapping[str, str]  # that make `base` and `adapter` in a clone of the workflow
+
+    @property
+    def form(self) -> Mapping[str, str] | None:
+        """The named prompt format, None where the tokenizer's chat template renders."""
+        named: Mapping[str, str] | None = self.run["prompt"]["format"]
+        return named
 
     @property
     def on_hub(self) -> bool:
@@ -50,14 +55,13 @@ def subject_of(
     model: Path,
     base: str,
     sources: Sequence[Source],
-    form: Mapping[str, str] | None,
     commands: Mapping[str, str],
 ) -> Subject:
     """A run from its record, the joint table of metrics, and the folder of its base."""
     run = read_json(record)
     rows = [row for row in read_table(metrics) if row["run"] == run["name"]]
     family = read_json(model / "config.json")["model_type"]
-    return Subject(run, rows, base, family, sources, form, commands)
+    return Subject(run, rows, base, family, sources, commands)
 
 
 def bundle(weights: Path, model: Path, subject: Subject, address: str) -> Files:

@@ -23,6 +23,7 @@ from qlora.errors import UserError
 from qlora.nf4 import can_add, dequantized, make_room
 
 # Modules that compute down(act(gate(x)) * up(x)) and nothing else; another family's is left to its own forward.
+ADDED_FROM = 1e-4  # learning rate; below it, what steps change is small beside a weight's rounding (benchmarks/NOTES.md)
 GATED = {"LlamaMLP", "MistralMLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP"}
 
 
@@ -33,7 +34,7 @@ class Group:
     """
 
     def __init__(
-        self, modules: Sequence[Linear4bit], in_fp8: bool = False, dropout: Dropout | None = None, number: int = 0
+        self, modules: Sequence[Linear4bit], add: bool, in_fp8: bool, dropout: Dropout | None, number: int
     ) -> None:
         self.modules = modules
         self.dropout, self.number = dropout, number
@@ -48,7 +49,7 @@ class Group:
         self.scaled_a = torch.empty_like(self.a)
         self.bs = [torch.empty_like(b, dtype=self.dtype) for b in self.learned_b]  # (out, rank) each
         self.scaled_bs = [torch.empty_like(b) for b in self.bs]
-        self.can_add = not in_fp8 and all(can_add(module.base_layer.weight) for module in modules)
+        self.can_add = add and not in_fp8 and all(can_add(module.base_layer.weight) for module in modules)
 
     @property
     def learned(self) -> list[Tensor]:
@@ -251,7 +252,7 @@ def whole_mlps(network: PeftModel, count: int) -> str:
     return f"no MLP whole ({reason})"
 
 
-def fuse(network: PeftModel, in_fp8: bool = False) -> str:
+def fuse(network: PeftModel, in_fp8: bool = False, learning_rate: float = ADDED_FROM) -> str:
     """Let each layer that can be computed by the functions above be so, and say in a line what was chosen and why.
 
     Numbers change by rounding alone, unless the frozen products are to be `in_fp8`. With the adapter disabled, or more
@@ -272,7 +273,7 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     dropout = dropout_of(next(iter(free.values())))
 
     def grouped(*modules: Linear4bit) -> Group:
-        groups.append(Group(modules, in_fp8, dropout, len(groups)))
+        groups.append(Group(modules, learning_rate >= ADDED_FROM, in_fp8, dropout, len(groups)))
         return groups[-1]
 
     gated, left = 0, dict(free)
@@ -305,11 +306,19 @@ def fuse(network: PeftModel, in_fp8: bool = False) -> str:
     network.get_base_model().register_forward_pre_hook(begin)
     rest = len(modules) - len(free)
     approximate = ", frozen products approximate in FP8" if in_fp8 else ""
-    added = ", adapters added to the weights" if any(group.added for group in groups) else ""
     masks = f", dropout {dropout.share:g} with one mask for layers of one input" if dropout else ""
     left_out = f"; {rest} left to PEFT ({why})" if rest else ""
     whole = whole_mlps(network, gated)
-    return f"fused LoRA: {len(free)} layers, {whole}{added}{approximate}{masks}{left_out}"
+    return f"fused LoRA: {len(free)} layers, {whole}{where_added(groups, in_fp8)}{approximate}{masks}{left_out}"
+
+
+def where_added(groups: Sequence[Group], in_fp8: bool) -> str:
+    """Whether adapters are added to the weights, and where they could be and are not, why."""
+    if any(group.added for group in groups):
+        return ", adapters added to the weights"
+    can = not in_fp8 and all(can_add(module.base_layer.weight) for group in groups for module in group.modules)
+    slow = can and not any(group.dropout for group in groups)
+    return f", adapters beside the weights (a learning rate below {ADDED_FROM:g})" if slow else ""
 
 
 def _replace(module: nn.Module, layers: Sequence[Linear4bit], compute: Callable[[Tensor], Tensor]) -> None:

@@ -274,7 +274,7 @@ def make_trainer(job: Job, check: Callable[[], None] = lambda: None) -> Trainer:
         raise UserError(
             f"recipe: fp8 is for one process, and there are {processes}; train on one card, or set fp8: false"
         )
-    fused = "no fused LoRA, several processes" if several else fuse(trainer.model, settings["fp8"])
+    fused = "no fused LoRA, several processes" if several else fuse(trainer.model, settings["fp8"], settings["learning_rate"])
     random = draws(trainer.model, not several)
     recomputing["preserve_rng_state"] = random  # read when training begins
     on_host = settings["checkpointing"] and job.device != "cpu"

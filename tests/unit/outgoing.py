@@ -35,6 +35,7 @@ RUN = {
     **{"tokens": 90000, "supervised tokens": 5000, "commit": "c" * 40},
     "hardware": {"device": "cpu", "cpu": "a processor"},
     "pins": {"model": {"source": {"hub": "owner/base", "revision": "a" * 40}}},
+    "prompt": {"format": {"user": "{content}\nAnswer:"}, "system": "template"},
     "settings": {**SETTINGS, "batch_size": 8, "accumulation": 2, "schedule": "cosine"},
 }
 

@@ -94,7 +94,6 @@ def subject(run: Path, **changes):
     given = {
         "base": "owner/base",
         "sources": SOURCES,
-        "form": {"user": "{content}\nAnswer:"},
         "commands": COMMANDS,
     }
     return subject_of(run / "run.json", run / "metrics.csv", **{"model": run / MODEL, **given, **changes})
@@ -111,7 +110,8 @@ def test_the_card_tells_base_data_recipe_results_of_this_run_alone_and_how_to_go
 
 
 def test_the_card_of_a_merged_model_loads_without_peft(run):
-    text = card(subject(run, form=None), "owner/llama-merged", drift=DRIFT)
+    write_json(run / "run.json", {**RUN, "prompt": {"format": None, "system": "template"}})
+    text = card(subject(run), "owner/llama-merged", drift=DRIFT)
     assert "library_name: transformers" in text
     assert "base_model_relation: merge" in text
     assert "peft" not in text

@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> dict[str, Any]:
     return {
         **{"adapter": folder / "adapter", "model": folder / MODEL, "record": folder / "run.json"},
         **{"metrics": folder / "metrics.csv", "receipt": folder / "exported.json", "to": str(tmp_path / "to")},
-        **{"base": "owner/base", "sources": SOURCES, "form": None, "commands": COMMANDS},
+        **{"base": "owner/base", "sources": SOURCES, "commands": COMMANDS},
     }
 
 

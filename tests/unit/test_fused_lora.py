@@ -258,10 +258,14 @@ def test_adapters_added_in_the_activation_change_rounding_alone(
 
 
 @pytest.mark.parametrize(
-    ("lora", "expected"), [({}, False), ({"dropout": 0.3}, True), ({"dropout": 0.3, "r": 9}, False)]
+    ("lora", "learning_rate", "expected"),
+    [
+        *(({}, 1e-4, False), ({}, 9e-5, True), ({"r": 9}, 9e-5, False)),
+        *(({"dropout": 0.3}, 1e-4, True), ({"dropout": 0.3, "r": 9}, 1e-4, False)),
+    ],
 )
 def test_on_a_gpu_narrow_adapters_not_added_to_a_weight_are_added_in_the_activation(
-    lora: dict[str, object], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: dict[str, object], learning_rate: float, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = []
 
@@ -273,7 +277,7 @@ def test_on_a_gpu_narrow_adapters_not_added_to_a_weight_are_added_in_the_activat
 
     monkeypatch.setattr(fused_lora, "Group", Listed)
     network = adapted(make_base(tmp_path / "base"), EXACT, **lora)
-    fuse(network)
+    fuse(network, learning_rate=learning_rate)
     loss_and_gradients(network)
     assert chosen == [expected and DEVICE == "cuda"] * 2
 

@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> dict[str, Any]:
     return {
         **{"weights": folder / "adapter", "model": folder / MODEL, "record": folder / "run.json"},
         **{"metrics": folder / "metrics.csv", "receipt": folder / "published.json", "base": "owner/base"},
-        **{"sources": SOURCES, "form": None, "commands": COMMANDS, "private": True, "dry_run": False},
+        **{"sources": SOURCES, "commands": COMMANDS, "private": True, "dry_run": False},
     }
 
 
@@ -250,11 +250,11 @@ def test_a_place_that_is_none_is_told_before_anything_is_asked(hub, run, reposit
 
 def test_the_command_publishes_with_the_environment_alone(hub, run, tmp_path):
     arguments = [
-        f"--{name.replace('_', '-')}={value}" for name, value in run.items() if name not in ("form", "dry_run")
+        f"--{name.replace('_', '-')}={value}" for name, value in run.items() if name != "dry_run"
     ]
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     script = Path(__file__).parents[2] / "scripts/publish_adapter.py"
-    command = [sys.executable, script, *arguments, "--form=null", "--dry-run=false", f"--repository={NAME}"]
+    command = [sys.executable, script, *arguments, "--dry-run=false", f"--repository={NAME}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
