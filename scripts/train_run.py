@@ -25,8 +25,8 @@ from qlora.files import (
     write_json,
 )
 from qlora.finished import keep, take
-from qlora.models import set_threads
-from qlora.record import commit, digest, hardware, peak_memory, versions
+from qlora.models import compute_dtype, set_threads
+from qlora.record import capability, commit, digest, hardware, peak_memory, versions
 from qlora.training import Job, ShowProgress, Trainer, make_trainer
 
 LOG_COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
@@ -70,7 +70,9 @@ def train_run(
             f" '{run['mixture']}' has none; set holdout.validation of a dataset"
         )
     room = card["max_length"]  # of a packed row
-    key = digest(settings, run["seed"], pins, versions(), device, threads, attention, batching, room, code)
+    dtype = str(compute_dtype(settings["quantization"]["compute_dtype"], device))
+    machine = (versions(), device, capability(device), dtype, threads)
+    key = digest(settings, run["seed"], pins, *machine, attention, batching, room, code)
     noted = {name: run[name] for name in ("name", "model", "mixture", "recipe")}
     noted["prompt"] = {"format": form, "system": system}
     outputs = {"adapter": adapter, "record": record, "training_log": training_log, "samples": samples}
@@ -88,15 +90,15 @@ def train_run(
     log.info("checkpoints in %s; %s", folder, f"going on from {last}" if last else "starting at step 0")
     try:
         trainer.train(resume_from_checkpoint=last)
+        if card["validation"]["kept"] and not any(
+            "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
+        ):
+            trainer.evaluate()
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
             f"run '{run['name']}': out of GPU memory ({settings['batch_size']} rows a micro-step, checkpointing "
             f"{settings['checkpointing']}); set checkpointing, or lower batch_size or max_length"
         ) from error
-    if card["validation"]["kept"] and not any(
-        "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
-    ):
-        trainer.evaluate()
     if not all(weight.isfinite().all() for weight in trainer.trainable()):
         raise UserError(
             f"run '{run['name']}': training diverged, the adapter holds numbers that are not finite;"

@@ -70,10 +70,9 @@ def summed_nll(
 ) -> torch.Tensor:
     """Sum of -log p(wanted) in nats over `items`, in float32; `hidden` is (positions, width), `wanted` (positions,)."""
     if any(weight.requires_grad for weight in head.parameters()):  # a bias of the head that is learned too
-        parts = [
-            checkpoint(_tile_nll, hidden[tile], wanted[tile], head, softcap, use_reentrant=False)
-            for tile in _tiles(wanted)
-        ]
+        random = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in head.modules())
+        again = functools.partial(checkpoint, _tile_nll, use_reentrant=False, preserve_rng_state=random)
+        parts = [again(hidden[tile], wanted[tile], head, softcap) for tile in _tiles(wanted)]
         return torch.stack([hidden.sum() * 0, *parts]).sum() / items
     loss: torch.Tensor = _SummedNll.apply(hidden, wanted, head, softcap, items)
     return loss

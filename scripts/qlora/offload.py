@@ -5,6 +5,7 @@ Transformers' `offload` copies in the compute's stream; TRL's waits for the GPU,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,20 +108,23 @@ class HostStates:
 
 
 def keep_on_host(network: PreTrainedModel, states: HostStates) -> str:
-    """Let checkpointing, when it is switched on, keep the layers' inputs in `states`; say so in a line.
+    """Let checkpointing, when it is switched on, keep the layers' inputs in `states`; say in a line whether it will.
 
     The last layer is not checkpointed then: its backward comes first, and would compute again what is just there.
+    A model's own code from before transformers had such layers is left as it is.
     """
     original = network._set_gradient_checkpointing
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or "value" in inspect.signature(original).parameters:
+        return "checkpointed hidden states on the GPU: the model's code checkpoints in an older way"
 
     def switch(enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **rest: Any) -> None:
-        def kept(*args: Any) -> Any:
+        def kept(*args: Any, **options: Any) -> Any:
             with saved_tensors_hooks(states.pack, states.unpack):  # what a layer itself saves does not come here
-                return gradient_checkpointing_func(*args)
+                return gradient_checkpointing_func(*args, **options)
 
         original(enable, kept, **rest)
-        *_, last = (module for module in network.modules() if isinstance(module, GradientCheckpointingLayer))
-        last.gradient_checkpointing = False
+        layers[-1].gradient_checkpointing = False
 
     network._set_gradient_checkpointing = switch  # type: ignore[method-assign, assignment]
     return "checkpointed hidden states in host memory"

@@ -24,11 +24,20 @@ PACKAGES = (
     "safetensors",
     "numpy",
 )
+KERNELS = ("triton", "liger-kernel")  # with a CUDA build of torch alone
 
 
-def versions() -> dict[str, str]:
-    """Installed version of each package that takes part in training, and of Python."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+def versions() -> dict[str, str | None]:
+    """Installed version of each package that takes part in training, and of Python; None where kernels are absent."""
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **installed, **{name: _version(name) for name in KERNELS}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def hardware(device: str, threads: int) -> dict[str, Any]:
@@ -38,6 +47,11 @@ def hardware(device: str, threads: int) -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
     return found
+
+
+def capability(device: str) -> tuple[int, int] | None:
+    """The card's compute capability, by which attention, kernels and recorded steps are chosen; None on a CPU."""
+    return torch.cuda.get_device_capability() if device == "cuda" else None
 
 
 def _cpu_name() -> str:

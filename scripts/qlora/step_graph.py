@@ -40,7 +40,8 @@ class StepGraph:
         self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
         self.seen: dict[Any, int] = {}
         self.captured: dict[Any, Captured] = {}
-        # One pool: eager steps of another shape use the memory that a recording leaves between its replays.
+        # One pool: an eager forward of another shape uses the memory that a recording leaves between its replays. Its
+        # backward does not: autograd's own thread, which is not routed there, allocates for it.
         self.pool = torch.cuda.MemPool()
         self.largest = 0  # tokens of a recorded step
         self.stream = torch.cuda.Stream()  # one for all steps: a recording may depend on no other

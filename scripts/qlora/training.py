@@ -133,8 +133,8 @@ class Trainer(SFTTrainer):
         if return_outputs:
             raise ValueError("logits are not computed in training")
         if num_items_in_batch is None:
-            num_items_in_batch = learned(inputs).clamp(min=1)
-        loss = model(**inputs, loss_items=num_items_in_batch)
+            num_items_in_batch = learned(inputs)
+        loss = model(**inputs, loss_items=num_items_in_batch.clamp(min=1))
         penalty = self.settings["lorentzian"]
         if penalty["weight"] and model.training:
             share = penalty["weight"] / self.current_gradient_accumulation_steps
@@ -274,7 +274,11 @@ def make_trainer(job: Job, check: Callable[[], None] = lambda: None) -> Trainer:
         raise UserError(
             f"recipe: fp8 is for one process, and there are {processes}; train on one card, or set fp8: false"
         )
-    fused = "no fused LoRA, several processes" if several else fuse(trainer.model, settings["fp8"], settings["learning_rate"])
+    fused = (
+        "no fused LoRA, several processes"
+        if several
+        else fuse(trainer.model, settings["fp8"], settings["learning_rate"])
+    )
     random = draws(trainer.model, not several)
     recomputing["preserve_rng_state"] = random  # read when training begins
     on_host = settings["checkpointing"] and job.device != "cpu"
@@ -295,8 +299,18 @@ def draws(network: PeftModel, fused: bool) -> bool:
         module for module in network.modules() if fused and isinstance(module, Linear4bit) and not why_not(module)
     ]
     own = {id(dropout) for layer in layers for dropout in layer.lora_dropout.values()}
-    drops = (module for module in network.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0)
-    return any(id(module) not in own for module in drops) or bool(getattr(network.config, "attention_dropout", 0))
+    modules = (module for module in network.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0)
+    return any(id(module) not in own for module in modules) or drops(network.config.to_dict())
+
+
+def drops(config: Mapping[Any, Any]) -> bool:
+    """Whether a base's config, or one within it, names a rate of dropout: many drop without a module for it."""
+    return any(
+        drops(value)
+        if isinstance(value, Mapping)
+        else "drop" in str(name) and isinstance(value, int | float) and value > 0
+        for name, value in config.items()
+    )
 
 
 def why_no_graph(job: Job, config: PreTrainedConfig, why_masks: str | None, random: bool) -> str | None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 import yaml
-from outgoing import COMMANDS, DRIFT, MODEL, SOURCES, make_run
+from outgoing import COMMANDS, DRIFT, MODEL, RUN, SOURCES, make_run
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, layers_in_4_bits, make_base
 
 from qlora.bundle import bundle, card, size_of, subject_of
-from qlora.files import read_json
+from qlora.files import read_json, write_json
 from qlora.licences import objections, source_of
 from qlora.models import compute_dtype
 

@@ -171,11 +171,24 @@ def sums_of_gradients(trainer: Trainer, packs: Sequence[int]) -> list[list[torch
     kept = []
     for number, count in enumerate(packs):
         batch = trainer.data_collator([trainer.train_dataset[place] for place in range(count)])
-        trainer.training_step(trainer.model_wrapped, batch, torch.tensor(100, device="cuda"))
+        trainer.training_step(trainer.model_wrapped, batch, torch.tensor(100 + 50 * number, device="cuda"))
         kept.append([weight.grad.clone() for weight in trainer.trainable() if weight.grad is not None])
         if number % 4 == 1:
             trainer.evaluate()
     return kept
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_recorded_steps_add_up_as_those_of_eager_ones(bench: Bench, checkpointing: bool) -> None:
+    settings = {"quantization": HALF, "batching": "packed", "batch_size": 2, "checkpointing": checkpointing}
+    recorded, eager = bench.trainer(**settings), bench.trainer(**settings)
+    assert recorded.graph is not None
+    eager.graph = None
+    packs = [2, 2, 2, 1, 1, 1, 2, 1]  # two shapes by turns, each recorded when it comes the third time
+    steps = zip(sums_of_gradients(recorded, packs), sums_of_gradients(eager, packs), strict=True)
+    for number, (found, expected) in enumerate(steps):
+        assert distance(found, expected) < 0.01, number
+    assert len(recorded.graph.captured) == 2
 
 
 def pair(bench: Bench, monkeypatch: pytest.MonkeyPatch, eagerly: bool) -> tuple[Trainer, Trainer]:

@@ -1,6 +1,9 @@
 """Checkpointed hidden states on the host, without a GPU: the same gradients, and memory that is let go and used again."""
 
+import contextlib
+import types
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from tiny_models import make_base
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from qlora.offload import HostStates, Kept, keep_on_host
 
@@ -110,3 +113,84 @@ def test_without_more_host_memory_states_stay_where_they_are(base: Path, monkeyp
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert len(asked) == 2
     assert said == ["hidden states on the GPU where no more pinned memory was to be had (CUDA error: out of memory)"]
+
+
+class Stream:
+    """Stands for a CUDA stream, and notes what it is asked for."""
+
+    def __init__(self, name: str, notes: list[str]) -> None:
+        self.name, self.notes, self.copies = name, notes, 0
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.notes.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.notes.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        self.copies += 1
+        return f"copy {self.copies}"
+
+    @contextlib.contextmanager
+    def within(self) -> Iterator[None]:
+        self.notes.append(f"{self.name} copies")
+        yield
+
+
+def test_copies_wait_for_the_compute_and_it_waits_for_them_before_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    compute, side = Stream("compute", notes), Stream("side", notes)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
+    monkeypatch.setattr(torch.cuda, "stream", Stream.within)
+    states = HostStates("cpu", print)
+    states.side = side  # type: ignore[assignment]
+    states.free = [torch.empty(64, dtype=torch.uint8) for _ in range(2)]  # none is pinned without a GPU
+    first, second = (torch.full((4,), float(value), requires_grad=True) * 1 for value in (1, 2))
+    copied = ["side waits for compute", "side copies"]
+    kept = [states.pack(first)]
+    assert notes == copied
+    notes.clear()
+    kept.append(states.pack(second))
+    assert notes == ["compute waits for copy 1", *copied]  # whose source is let go of then
+    notes.clear()
+    assert torch.equal(states.unpack(kept[1]), second)
+    assert notes == ["compute waits for copy 2", *copied]  # which brings the one below back
+    notes.clear()
+    assert torch.equal(states.unpack(kept[0]), first)
+    assert notes == ["compute waits for copy 3"]
+
+
+class Older(PreTrainedModel):
+    """A model's own code from before transformers had layers that checkpoint."""
+
+    config_class = LlamaConfig
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.layer = torch.nn.Linear(2, 2)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+def test_code_that_checkpoints_in_an_older_way_is_left_as_it_is(base: Path) -> None:
+    def oldest(self: PreTrainedModel, module: torch.nn.Module, value: bool = False) -> None:
+        module.gradient_checkpointing = value
+
+    whole = network_of(base)
+    whole._set_gradient_checkpointing = types.MethodType(oldest, whole)  # type: ignore[method-assign, assignment]
+    for network in (whole, Older(LlamaConfig())):
+        said = keep_on_host(network, HostStates("cpu", print))
+        assert said == "checkpointed hidden states on the GPU: the model's code checkpoints in an older way"
+        network.gradient_checkpointing_enable()
+        assert network.is_gradient_checkpointing
+
+
+def test_layers_may_be_given_words(base: Path) -> None:
+    network, seen = network_of(base), []
+    keep_on_host(network, HostStates("cpu", print))
+    network._set_gradient_checkpointing(
+        enable=True, gradient_checkpointing_func=lambda *args, **options: seen.append((args, options))
+    )
+    network.get_decoder().layers[0]._gradient_checkpointing_func(1, scale=2)
+    assert seen == [((1,), {"scale": 2})]

@@ -249,9 +249,7 @@ def test_a_place_that_is_none_is_told_before_anything_is_asked(hub, run, reposit
 
 
 def test_the_command_publishes_with_the_environment_alone(hub, run, tmp_path):
-    arguments = [
-        f"--{name.replace('_', '-')}={value}" for name, value in run.items() if name != "dry_run"
-    ]
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in run.items() if name != "dry_run"]
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     script = Path(__file__).parents[2] / "scripts/publish_adapter.py"
     command = [sys.executable, script, *arguments, "--dry-run=false", f"--repository={NAME}"]

@@ -1,6 +1,7 @@
 """What a run leaves about itself."""
 
 import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import sys
@@ -8,13 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from qlora.record import PACKAGES, commit, digest, hardware, peak_memory, versions
+from qlora.record import KERNELS, PACKAGES, capability, commit, digest, hardware, peak_memory, versions
 
 
 def test_versions_are_those_installed():
     found = versions()
     assert found.pop("python") == ".".join(map(str, sys.version_info[:3]))
+    kernels = {name: found.pop(name) for name in KERNELS}
     assert found == {name: importlib.metadata.version(name) for name in PACKAGES}
+    there = {name for name in KERNELS if importlib.util.find_spec(name.replace("-", "_"))}
+    assert {name for name, version in kernels.items() if version} == there
+
+
+def test_kernels_have_a_version_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.7.1" if name == "triton" else original(name))
+    assert versions()["triton"] == "3.7.1"
+
+
+def test_the_capability_is_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
+    assert capability("cuda") == (9, 0)
+    assert capability("cpu") is None
 
 
 def test_hardware_names_the_processor_and_the_threads():

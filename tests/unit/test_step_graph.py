@@ -17,6 +17,16 @@ class Graph:
         self.replay = lambda: None
 
 
+class Stream:
+    """Stands for a CUDA stream: says for what it waits."""
+
+    def __init__(self, name: str, order: list[str]) -> None:
+        self.name, self.order = name, order
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.order.append(f"{self.name} waits for {other.name}")
+
+
 class Recorder:
     """Steps that add their inputs' sum to a parameter's gradient, and a note of how each was computed."""
 
@@ -25,10 +35,12 @@ class Recorder:
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.loss = torch.zeros(())
         self.pools = 0
-        stream = SimpleNamespace(wait_stream=lambda _: None)
+        self.order: list[str] = []  # of what is computed and waited for, by stream
+        self.current = Stream("the trainer's", self.order)
         stand_ins = {
-            "MemPool": self.pool, "CUDAGraph": Graph, "Stream": lambda: stream, "current_stream": lambda: stream,
-            "stream": contextlib.nullcontext, "use_mem_pool": contextlib.nullcontext, "graph": self.recording,
+            "MemPool": self.pool, "CUDAGraph": Graph, "Stream": lambda: Stream("its own", self.order),
+            "current_stream": lambda: self.current, "stream": self.within,
+            "use_mem_pool": contextlib.nullcontext, "graph": self.recording,
             "empty_cache": lambda: None, "synchronize": lambda: self.notes.append("waited"),
         }  # fmt: skip
         for name, stand_in in stand_ins.items():
@@ -39,12 +51,19 @@ class Recorder:
         self.pools += 1
         return SimpleNamespace(id=self.pools)
 
+    @contextlib.contextmanager
+    def within(self, stream: "Stream") -> Iterator[None]:
+        outer, self.current = self.current, stream
+        yield
+        self.current = outer
+
     def step(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> torch.Tensor:
         assert self.weight.grad is not None
         self.notes.append(f"computed {inputs['input_ids'].numel()}")
+        self.order.append(f"{self.current.name} computes")
         loss = inputs["input_ids"].sum() / items
         self.weight.grad.add_(loss)
-        self.again = (inputs, items)
+        self.again, self.loss = (inputs, items), loss
         return loss
 
     @contextlib.contextmanager
@@ -56,22 +75,25 @@ class Recorder:
         self.notes[-1] = self.notes[-1].replace("computed", "recorded")
         self.weight.grad.copy_(gradient)  # a recording computes nothing yet
         inputs, items = self.again
-        weight = self.weight
+        weight, loss = self.weight, self.loss
 
         def replay() -> None:
             assert weight.grad is not None
-            weight.grad.add_(inputs["input_ids"].sum() / items)
+            weight.grad.add_(loss.copy_(inputs["input_ids"].sum() / items))
             self.notes.append(f"replayed {inputs['input_ids'].numel()}")
 
         graph.replay = replay
 
     def run(self, sizes: list[int]) -> list[str]:
-        """The notes of steps of so many tokens."""
+        """The notes of steps of so many tokens; the tokens are 1 in the first step, 2 in the second, and so on."""
         self.notes.clear()
-        for number, size in enumerate(sizes):
-            ids = torch.full((1, size), float(number + 1))
-            self.graph({"input_ids": ids, "learned": torch.arange(size)}, torch.tensor(2.0))
+        self.losses = [self.one(size, number + 1) for number, size in enumerate(sizes)]
         return self.notes
+
+    def one(self, size: int, number: int) -> torch.Tensor:
+        """The loss of a step of `size` tokens, each `number`, over `number` + 1 items."""
+        ids = torch.full((1, size), float(number))
+        return self.graph({"input_ids": ids, "learned": torch.arange(size)}, torch.tensor(number + 1.0))
 
 
 @pytest.fixture
@@ -82,7 +104,15 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def test_a_shape_is_recorded_when_it_comes_the_third_time(recorder: Recorder) -> None:
     assert recorder.run([4] * 4) == ["computed 4", "computed 4", "recorded 4", "replayed 4", "replayed 4"]
     assert recorder.weight.grad is not None
-    assert float(recorder.weight.grad) == 4 * (1 + 2 + 3 + 4) / 2  # each step with its own inputs
+    of_each = [4 * number / (number + 1) for number in (1, 2, 3, 4)]  # with its own inputs and items
+    assert recorder.losses == pytest.approx(of_each)  # what was given stays as it is
+    assert float(recorder.weight.grad) == pytest.approx(sum(of_each))
+
+
+def test_eager_steps_wait_for_what_was_computed_and_are_waited_for(recorder: Recorder) -> None:
+    recorder.run([4, 4])
+    one = ["its own waits for the trainer's", "its own computes", "the trainer's waits for its own"]
+    assert recorder.order == one * 2
 
 
 def test_smaller_steps_are_recorded_beside_larger_ones(recorder: Recorder) -> None:

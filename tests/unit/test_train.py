@@ -17,6 +17,7 @@ from qlora.errors import UserError
 from qlora.files import read_json, read_jsonl, write_json
 from qlora.loss import TILE, add_supervised_loss
 from qlora.models import load_quantized
+from qlora.record import versions
 from qlora.render import IGNORED
 from qlora.training import Job, Trainer, make_trainer
 
@@ -146,6 +147,27 @@ def test_another_width_of_packed_rows_is_another_run(case: Case) -> None:
         write_json(case.tokens / "card.json", card)
 
 
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [
+        ("compute_dtype", lambda *_: torch.float16),
+        ("capability", lambda _: (7, 5)),
+        ("versions", lambda: {**versions(), "triton": "3.7.1"}),
+    ],
+)
+def test_another_card_or_other_kernels_make_another_run(
+    case: Case, monkeypatch: pytest.MonkeyPatch, what: str, other: Any
+) -> None:
+    def key() -> str:
+        found: str = read_json(case.train("moved", max_steps=1) / "run.json")["key"]
+        return found
+
+    here = key()
+    assert key() == here
+    monkeypatch.setattr(stage, what, other)
+    assert key() != here
+
+
 def test_a_run_that_diverged_is_refused(case: Case) -> None:
     with pytest.raises(UserError, match="training diverged, the adapter holds numbers that are not finite"):
         case.train("diverged", learning_rate=1e30, eval_steps=None, max_grad_norm=1e30, max_steps=4)
@@ -153,13 +175,14 @@ def test_a_run_that_diverged_is_refused(case: Case) -> None:
     assert not (case.root / "finished/diverged").exists()
 
 
-def test_out_of_memory_is_told_with_the_way_out(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["train", "evaluate"])
+def test_out_of_memory_is_told_with_the_way_out(case: Case, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def full(*arguments: Any, **rest: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Trainer, "train", full)
+    monkeypatch.setattr(Trainer, where, full)
     with pytest.raises(UserError, match=r"run 'full': out of GPU memory .* lower batch_size or max_length"):
-        case.train("full")
+        case.train("full", eval_steps=None)
     assert not (case.root / "full/adapter").exists()
 
 
@@ -279,6 +302,7 @@ def test_a_batch_with_nothing_to_learn_has_a_zero_loss_with_a_gradient(case: Cas
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     assert float(loss) == 0.0
+    assert float(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(0))) == 0.0
 
 
 def test_falcon_is_quantised_too(tmp_path: Path) -> None:
