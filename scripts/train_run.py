@@ -6,7 +6,7 @@ import csv
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,35 +84,10 @@ def train_run(
             write_json(record, {**read_json(record), **noted})
             return
     job = Job(model, tokens, settings, run["seed"], attention, device, batching, folder, tensorboard)
-    trainer = make_trainer(job, partial(check, model, tokens))
-    trainer.add_callback(ShowProgress(f"train {run['name']}"))
-    last = last_whole_checkpoint(folder)
-    log.info("checkpoints in %s; %s", folder, f"going on from {last}" if last else "starting at step 0")
-    try:
-        trainer.train(resume_from_checkpoint=last)
-        if card["validation"]["kept"] and not any(
-            "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
-        ):
-            trainer.evaluate()
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"run '{run['name']}': out of GPU memory ({settings['batch_size']} rows a micro-step, checkpointing "
-            f"{settings['checkpointing']}); set checkpointing, or lower batch_size or max_length"
-        ) from error
-    if not all(weight.isfinite().all() for weight in trainer.trainable()):
-        raise UserError(
-            f"run '{run['name']}': training diverged, the adapter holds numbers that are not finite;"
-            " lower learning_rate, or use bfloat16 where the card has it"
-        )
+    trainer, last = trained(job, run["name"], partial(check, model, tokens))
     write_adapter(trainer, adapter)
     write_log(trainer.state.log_history, training_log)
-    with replacing(samples) as temporary:
-        if trainer.samples.path.exists():
-            shutil.copyfile(trainer.samples.path, temporary)
-        else:
-            temporary.touch()  # no validation row to answer
-    counter = trainer.counter()
-    seconds = time.monotonic() - started
+    write_samples(trainer, samples)
     write_json(
         record,
         {
@@ -126,21 +101,57 @@ def train_run(
             "commit": commit(),
             "hardware": hardware(device, threads),
             "attention": attention,
-            "computed by": trainer.chosen,
             "batching": batching,
-            "steps": trainer.state.global_step,
-            "tokens": counter.tokens,
-            "supervised tokens": counter.supervised,
             "rows": card["train"],
-            "trainable parameters": sum(parameter.numel() for parameter in trainer.trainable()),
-            "resumed from": Path(last).name if last else None,
-            "seconds": round(seconds, 2),
-            "tokens per second": round(counter.tokens / trainer.seconds, 1) if not last else None,
+            **figures(trainer, last),
+            "seconds": round(time.monotonic() - started, 2),
             "peak memory in bytes": peak_memory(device),
         },
     )
     keep(kept, outputs)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def trained(job: Job, name: str, check: Callable[[], None]) -> tuple[Trainer, str | None]:
+    """The trainer of a run after its last step, and the checkpoint that it went on from, if any.
+
+    Raises UserError where the run does not fit into the card's memory, or diverges.
+    """
+    trainer = make_trainer(job, check)
+    trainer.add_callback(ShowProgress(f"train {name}"))
+    last = last_whole_checkpoint(job.folder)
+    log.info("checkpoints in %s; %s", job.folder, f"going on from {last}" if last else "starting at step 0")
+    try:
+        trainer.train(resume_from_checkpoint=last)
+        if job.validated and not any(
+            "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
+        ):
+            trainer.evaluate()
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            f"run '{name}': out of GPU memory ({job.settings['batch_size']} rows a micro-step, checkpointing "
+            f"{job.settings['checkpointing']}); set checkpointing, or lower batch_size or max_length"
+        ) from error
+    if not all(weight.isfinite().all() for weight in trainer.trainable()):
+        raise UserError(
+            f"run '{name}': training diverged, the adapter holds numbers that are not finite;"
+            " lower learning_rate, or use bfloat16 where the card has it"
+        )
+    return trainer, last
+
+
+def figures(trainer: Trainer, last: str | None) -> dict[str, Any]:
+    """How a run was computed, what it saw, and how fast where it did not go on from a checkpoint."""
+    counter = trainer.counter()
+    return {
+        "computed by": trainer.chosen,
+        "steps": trainer.state.global_step,
+        "tokens": counter.tokens,
+        "supervised tokens": counter.supervised,
+        "trainable parameters": sum(parameter.numel() for parameter in trainer.trainable()),
+        "resumed from": Path(last).name if last else None,
+        "tokens per second": round(counter.tokens / trainer.seconds, 1) if not last else None,
+    }
 
 
 def allowed_batching(wanted: str, preflight: Mapping[str, Any]) -> str:
@@ -192,6 +203,15 @@ def write_adapter(trainer: Trainer, adapter: Path) -> None:
         if isinstance(config["target_modules"], list):
             config["target_modules"] = sorted(config["target_modules"])  # PEFT holds a set, whose order changes
         write_json(folder / "adapter_config.json", config)
+
+
+def write_samples(trainer: Trainer, path: Path) -> None:
+    """Copy the answers to validation prompts; an empty file where there was no validation row to answer."""
+    with replacing(path) as temporary:
+        if trainer.samples.path.exists():
+            shutil.copyfile(trainer.samples.path, temporary)
+        else:
+            temporary.touch()
 
 
 def write_log(history: list[dict[str, Any]], path: Path) -> None:

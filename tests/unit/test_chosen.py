@@ -126,16 +126,17 @@ def test_on_a_cpu_each_choice_has_its_reason(family: str, lora: dict[str, Any], 
     ("changes", "said"),
     [
         ({}, "whole, adapters added to the weights"),
-        ({"learning_rate": 9e-5}, "whole, adapters beside the weights (a learning rate below 0.0001)"),
-        ({"learning_rate": 9e-5, "lora": {**SETTINGS["lora"], "dropout": 0.1}}, "whole, dropout 0.1 with one mask"),
+        ({"learning_rate": 4e-5}, "whole, adapters beside the weights (a learning rate below 5e-05)"),
+        ({"learning_rate": 4e-5, "lora": {**SETTINGS["lora"], "dropout": 0.1}}, "whole, dropout 0.1 with one mask"),
     ],
 )
 def test_small_steps_are_not_rounded_away_with_a_weight(
     changes: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qlora.fused_lora.can_add", lambda weight: True)
-    base, rows = make_base(tmp_path / "base"), make_rows(tmp_path / "rows")
-    job = job_of(base, make_tokens(base, rows, tmp_path), tmp_path, "cpu", **{"learning_rate": 1e-4, **changes})
+    base = make_base(tmp_path / "base")
+    tokens = make_tokens(tmp_path, base, make_rows(tmp_path))
+    job = job_of(base, tokens, tmp_path, "cpu", **{"learning_rate": 5e-5, **changes})
     assert said in make_trainer(job).chosen[2]
 
 

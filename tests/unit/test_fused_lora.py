@@ -260,7 +260,7 @@ def test_adapters_added_in_the_activation_change_rounding_alone(
 @pytest.mark.parametrize(
     ("lora", "learning_rate", "expected"),
     [
-        *(({}, 1e-4, False), ({}, 9e-5, True), ({"r": 9}, 9e-5, False)),
+        *(({}, 5e-5, False), ({}, 4e-5, True), ({"r": 9}, 4e-5, False)),
         *(({"dropout": 0.3}, 1e-4, True), ({"dropout": 0.3, "r": 9}, 1e-4, False)),
     ],
 )
