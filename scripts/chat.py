@@ -34,7 +34,7 @@ from qlora.files import read_json, sha256_of
 from qlora.generation import greedy, named_stops
 from qlora.models import load_quantized, set_threads
 from qlora.pretrained import loaded, runs_own_code
-from qlora.readers import READERS, read_rows
+from qlora.readers import COMPRESSED, READERS, read_rows
 from qlora.render import Format, load_tokenizer, padding_id, prompt_ids, rows_of, stop_ids, tokenized
 
 SOURCES = Path("results/sources/models")
@@ -112,7 +112,9 @@ def _options() -> argparse.Namespace:
     how.add_argument("--compare", action="store_true", help="let the base answer too")
     how.add_argument("--merged", action="store_true", help="use the merged model instead of 4 bits and the adapter")
     parser.add_argument("--base", type=Path, help=f"the base's folder (default: {SOURCES}/MODEL)")
-    parser.add_argument("--configfile", type=Path, nargs="+", default=[], help="overlays that the run was made with")
+    parser.add_argument(
+        "--configfile", type=Path, nargs="+", default=[], help="overlays that allow the base its own code"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer, 256 where not given")
     return parser.parse_args()
@@ -123,6 +125,8 @@ def load(options: argparse.Namespace) -> Partner:
     if not (options.run / "run.json").is_file():
         raise UserError(f"{options.run}: no run.json there; give the folder of a trained run, as results/runs/RUN")
     run = read_json(options.run / "run.json")
+    if not run.keys() >= {"prompt", "attention"}:
+        raise UserError(f"{options.run}/run.json does not say how the run's prompts are rendered; train the run anew")
     folder = options.run / "merged" if options.merged else options.base or SOURCES / run["model"]
     if options.merged:
         check_merged(folder, options.run / "adapter", options.configfile)
@@ -171,7 +175,7 @@ def check_code(folder: Path, source: Mapping[str, Any]) -> None:
 
 def making(target: Path, overlays: Sequence[Path]) -> str:
     """The command that makes an output of the workflow."""
-    command = f"snakemake --cores all {target}"
+    command = f".venv/bin/snakemake --cores all {target}"
     if not overlays:
         return f"{command} (with --configfile where the run is of an overlay)"
     return f"{command} --configfile {' '.join(map(str, overlays))}"
@@ -201,7 +205,7 @@ def conversations(path: Path, system: str | None) -> Iterator[list[Message]]:
     """What a file asks, each up to its last question. Raises UserError that names the row that cannot be asked."""
     if not path.is_file():
         raise UserError(f"{path}: no such file of prompts")
-    if not READERS.keys() & {suffix.lower() for suffix in path.suffixes}:
+    if path.suffix.lower() not in {*READERS, *COMPRESSED}:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
@@ -210,9 +214,10 @@ def conversations(path: Path, system: str | None) -> Iterator[list[Message]]:
         return
     for number, row in read_rows(path):
         place = f"{path}, row {number}"
-        if not row.keys() & {"messages", "prompt"}:
+        given = {name for name in ("messages", "prompt") if row.get(name) is not None}  # Parquet has all columns
+        if not given:
             raise UserError(f"{place}: neither 'prompt' nor 'messages' in it; add one")
-        turns = conversation(row, {"messages": "messages"} if "messages" in row else {"prompt": "{prompt}"}, place)
+        turns = conversation(row, {"messages": "messages"} if "messages" in given else {"prompt": "{prompt}"}, place)
         if turns and turns[-1]["role"] == "assistant":
             turns.pop()
         if reason := unusable([*turns, message("assistant", "answer")]):

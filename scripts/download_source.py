@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects, tqdm
 
 from qlora.errors import UserError
 from qlora.files import files_below, read_json, replacing, sha256_of, write_source_record
-from qlora.hub import HUB_ERRORS, ListedFile, checked_token, explained, listing
+from qlora.hub import HUB_ERRORS, ListedFile, asked_listing, cached_listing, checked_token, explained
 from qlora.large_files import fetch_large, remove_left_over
 from qlora.pins import BRANCH, is_commit, lock_entry, read_lock, unwanted
 
@@ -68,14 +68,16 @@ def _from_hub(
     folder: Path, kind: str, name: str, source: Mapping[str, Any], patterns: list[str], lock: Path | None
 ) -> None:
     repository, revision = source["hub"], source["revision"]
+    what = f"{kind}.{name}: {repository}"
     log.info("downloading %s at %s", repository, revision)
     checked_token()
     locked = lock_entry(read_lock(lock), kind, name, source) if lock else None
     try:
-        files = _needed(listing(repository, kind, revision), kind, name, source, patterns)
+        listed = cached_listing(repository, kind, revision) or asked_listing(repository, kind, revision)
+        files = _needed(listed, kind, name, source, patterns)
         if locked:
-            _check_lock(files, locked["files"], f"{kind}.{name}: {repository}", f"`make pin NAME={name}`")
-        snapshot = _snapshot(files, kind, source, patterns)
+            _check_lock(files, locked["files"], what, f"`make pin NAME={name}`")
+        snapshot = _snapshot(files, kind, source, patterns, what)
     except HUB_ERRORS as error:
         raise UserError(f"{kind}.{name}: {explained(error, kind, repository, revision)}") from error
     now = _name_now(kind, repository)
@@ -87,17 +89,19 @@ def _from_hub(
     remove_left_over(cached)
     _link(cached, snapshot, folder)
     write_source_record(folder, source)
-    _check(files, folder, snapshot, f"{kind}.{name}: {repository}")
+    _check(files, folder, snapshot, what)
 
 
-def _snapshot(files: Iterable[ListedFile], kind: str, source: Mapping[str, Any], patterns: list[str]) -> Path:
+def _snapshot(
+    files: Iterable[ListedFile], kind: str, source: Mapping[str, Any], patterns: list[str], what: str
+) -> Path:
     """The folder of the hub's cache in which the needed files now are; what is there already is not fetched.
 
     Raises the client's errors, and OSError where a file is missing: without a hub, the client is content with less.
     """
     repository, revision = source["hub"], source["revision"]
     if constants.HF_HUB_DISABLE_XET:
-        fetch_large(files, repository, kind, revision, _Lines(name=BAR_OF_BYTES))
+        fetch_large(files, repository, kind, revision, _Lines(name=BAR_OF_BYTES), what)
     snapshot = Path(
         snapshot_download(
             repository,
@@ -165,8 +169,8 @@ def _check_lock(files: Iterable[ListedFile], locked: Mapping[str, Mapping[str, A
         held, stated = locked.get(file.path, {}).get("sha256"), file.sha256 or "none"
         if held not in (None, stated):
             raise UserError(
-                f"{what}: {file.path} has the SHA-256 {held} in the lock, and the hub states {stated} at the same"
-                f" commit; find out why, then take the hub's with {mend}"
+                f"{what}: {file.path} has the SHA-256 {held} in the lock, and {stated} in the hub's listing"
+                f" of the same commit; find out why, then take what the hub says now with {mend}"
             )
 
 
@@ -204,11 +208,15 @@ def _check(files: Iterable[ListedFile], folder: Path, snapshot: Path, what: str)
         stated = file.sha256 or file.git_hash
         here = found[file.path]["sha256"] if file.sha256 else _git_hash(folder / file.path)
         if here != stated:
-            _drop(snapshot / file.path, snapshot.parents[1] / "blobs" / stated)
-            raise UserError(
-                f"{what}: {file.path} is not what it should be: its hash is {here}, stated is {stated};"
-                " it was taken out of the hub's cache: start again, to fetch it anew"
-            )
+            wrong = f"{what}: {file.path} is not what it should be: its hash is {here}, stated is {stated}"
+            try:
+                _drop(snapshot / file.path, snapshot.parents[1] / "blobs" / stated)
+            except OSError as error:
+                raise UserError(
+                    f"{wrong}; it cannot be taken out of the hub's cache ({error}): remove it there, or set HF_HOME to"
+                    " a folder that you may write, and start again"
+                ) from error
+            raise UserError(f"{wrong}; it was taken out of the hub's cache: start again, to fetch it anew")
 
 
 def _git_hash(path: Path) -> str:

@@ -69,7 +69,7 @@ def check_replaceable(target: Path) -> None:
     known = read_json(target / CONTENTS)
     changed = sorted(name for name in found if found[name] != known.get(name))
     if changed:
-        raise UserError(f"export: {target / changed[0]} was changed since it was exported; move it away")
+        raise UserError(f"export: {target / changed[0]} was changed or added since the export; move it away")
 
 
 def copy(files: Files, folder: Path) -> None:

@@ -84,9 +84,9 @@ def format_dataset(source: Path, dataset: Path, name: str, settings: Mapping[str
 
 
 def split_files(source: Path, name: str, patterns: Mapping[str, str] | None) -> dict[str, list[Path]]:
-    """The files of each split inside a source: by glob, as the download reads it, or the single file as training rows.
+    """The files of each split inside a source: by glob, as the hub's client reads it, or one file as training rows.
 
-    `*` stands for anything, `/` too (`fnmatch`).
+    `*` stands for anything, `/` too (`fnmatch`); a glob that ends in `/` is of all below that folder.
     """
     record = source / "source.json"  # written by the download, no data
     files = [path for path in files_below(source) if path != record]
@@ -96,9 +96,8 @@ def split_files(source: Path, name: str, patterns: Mapping[str, str] | None) -> 
                 f"config: datasets.{name}: its source has {len(files)} files; say with 'files' which split is which"
             )
         return {"train": files}
-    found = {
-        split: [path for path in files if fnmatch(_place(path, source), pattern)] for split, pattern in patterns.items()
-    }
+    globs = {split: f"{glob}*" if glob.endswith("/") else glob for split, glob in patterns.items()}
+    found = {split: [path for path in files if fnmatch(_place(path, source), glob)] for split, glob in globs.items()}
     owner: dict[Path, str] = {}
     for split, paths in found.items():
         if not paths:

@@ -21,7 +21,10 @@ from qlora.render import load_tokenizer
 from qlora.streamed import Weights, empty_network, mapped_network, merged_weights, tuned_network
 
 SHARD = 2 * 10**9  # bytes of a file of the merged model
-M_MMAP_THRESHOLD, FROM = -3, 128 * 1024  # of glibc's mallopt: where it begins, before it adapts itself
+M_MMAP_THRESHOLD, MAPPED_FROM = (
+    -3,
+    128 * 1024,
+)  # of glibc's mallopt: its first value, which glibc raises unless it is set
 PROBE = """\
 A base is dequantised before an adapter is added: it learned to correct the weights in 4 bits, not the original ones.
 SELECT name, price FROM paints WHERE colour = 'green' AND litres > 2.5 ORDER BY price DESC;
@@ -44,7 +47,7 @@ def merge_adapter(
     says what was merged, and how far the logits are from those of the base with its adapter.
     """
     # Else glibc keeps the holes that ever new weights leave in its heap, and memory grows with the model.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, FROM)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
     if runs_own_code(model):
         raise UserError(f"{model}: a merged model would need the code that comes with it; use base and adapter instead")
     tokenizer = load_tokenizer(model)

@@ -98,7 +98,10 @@ def predict_rows(
         )
     ]
     if silent := {folder.name for folder in datasets} - {question.dataset for question in asked}:
-        raise UserError(f"dataset '{min(silent)}': no test rows; give it a test file or a larger holdout.test")
+        raise UserError(
+            f"dataset '{min(silent)}': no test rows are left; see its card.json, and give it a test file or a larger"
+            " holdout.test"
+        )
     stops = stop_ids(tokenizer, form) | named_stops(network)
     answers = generate(network, asked, stops, padding_id(tokenizer), batch_size)
     likelihoods = answer_nll(network, asked, padding_id(tokenizer))

@@ -3,7 +3,7 @@
 from qlora.stage import console, log, run_stage
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -19,6 +19,7 @@ NO_TOKEN = "no token; log in with `.venv/bin/hf auth login`, or set HF_TOKEN to 
 SENDING_ERRORS = (HTTPError, ValueError, OSError)  # the client's own errors are kinds of these
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")  # of a merged model
 KINDS = {True: "private", False: "public"}
+NOTHING_YET = "nothing was published; try again"
 AGAIN = "perhaps not published; try again: what arrived is not sent twice"
 REFUSALS = {  # status → what it means, and what to do
     401: "the hub does not know the token; log in anew with `.venv/bin/hf auth login`, or mend HF_TOKEN",
@@ -79,7 +80,7 @@ def preview(files: Files, repository: str, private: bool) -> str:
 def send(files: Files, repository: str, private: bool, message: str) -> str:
     """Put files into a repository, made where there is none, in one commit, and return its id.
 
-    Weights that an earlier commit left and that are not among `files` go: transformers would take them for these.
+    Where a model's weights are sent, those that an earlier commit left go: transformers would take them for these.
     Raises UserError where the hub refuses, where the repository is there and not as `private` says, or where somebody
     else's commit came in between.
     """
@@ -89,18 +90,22 @@ def send(files: Files, repository: str, private: bool, message: str) -> str:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         there = api.model_info(repository)
-        if there.private != private:
-            raise UserError(
-                f"publish: {repository}: it is there and {KINDS[not private]}, not {KINDS[private]}; change that in its"
-                f" settings on the hub, or say --config publish_private={not private}"
-            )
-        added = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        left = sorted({file.rfilename for file in there.siblings or ()} - files.keys())
-        removed = [CommitOperationDelete(name) for name in left if WEIGHTS.fullmatch(name)]
-        log.info("earlier weights that go: %s", [operation.path_in_repo for operation in removed])
+    except SENDING_ERRORS as error:
+        raise UserError(f"publish: {repository}: {reason_of(error, NOTHING_YET)}") from error
+    if there.private != private:
+        raise UserError(
+            f"publish: {repository}: it is there and {KINDS[not private]}, not {KINDS[private]}; change that in its"
+            f" settings on the hub, or say --config publish_private={not private}"
+        )
+    added = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    removed = [
+        CommitOperationDelete(name) for name in left_over({file.rfilename for file in there.siblings or ()}, files)
+    ]
+    log.info("earlier weights that go: %s", [operation.path_in_repo for operation in removed])
+    try:
         return api.create_commit(repository, [*added, *removed], commit_message=message, parent_commit=there.sha).oid
     except SENDING_ERRORS as error:
-        raise UserError(f"publish: {repository}: {reason_of(error)}") from error
+        raise UserError(f"publish: {repository}: {reason_of(error, AGAIN)}") from error
     except RuntimeError as error:  # the client's, where the storage did not take a large file
         if not isinstance(error.__cause__, SENDING_ERRORS):
             raise
@@ -108,14 +113,21 @@ def send(files: Files, repository: str, private: bool, message: str) -> str:
         raise UserError(f"publish: {repository}: {reason}") from error
 
 
-def reason_of(error: Exception) -> str:
-    """Why the hub did not take it, and what to do, in a line."""
+def left_over(there: Set[str], files: Files) -> list[str]:
+    """The weights of a model in a repository that others take the place of; none where an adapter is sent."""
+    if not any(WEIGHTS.fullmatch(name) for name in files):
+        return []
+    return sorted(name for name in there - files.keys() if WEIGHTS.fullmatch(name))
+
+
+def reason_of(error: Exception, then: str) -> str:
+    """Why the hub did not take it, and what to do, in a line, with `then` where the error does not say."""
     if isinstance(error, HfHubHTTPError) and error.response.status_code in REFUSALS:
         return REFUSALS[error.response.status_code]
     if isinstance(error, HFValidationError):
         return f"{told(error)}; publish_to is owner/name"
     said = f": {error.server_message}" if isinstance(error, HfHubHTTPError) and error.server_message else ""
-    return f"{told(error)}{said}; {AGAIN}"
+    return f"{told(error)}{said}; {then}"
 
 
 def told(error: BaseException) -> str:

@@ -57,7 +57,7 @@ def train_run(
     in a folder below `checkpoints` named by a hash of all that decides the result, so a run goes on from its own alone.
     A finished run is kept under the same hash below `finished`, and taken from there when it is asked for again.
     `preflight` is the model's report, which says whether its rows may be packed. `form` (a named format, None: the
-    chat template) and `system` are what rendered the rows: noted, for who asks the run in the same way.
+    chat template) and `system` are what rendered the rows: noted, so that chat and cards render prompts alike.
     """
     started = time.monotonic()
     set_threads(threads, device)

@@ -19,13 +19,15 @@ from huggingface_hub.utils import filter_repo_objects
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
+from qlora.config import laid_over  # noqa: E402
 from qlora.errors import UserError  # noqa: E402
 from qlora.files import replacing  # noqa: E402
-from qlora.hub import HUB_ERRORS, checked_token, explained, listing  # noqa: E402
+from qlora.hub import HUB_ERRORS, asked_listing, checked_token, explained  # noqa: E402
 from qlora.pins import BRANCH, needed_files, read_lock, unwanted  # noqa: E402 (scripts/ is no package)
 
 LOCK = Path("config/sources.lock.yaml")
-CONFIGS = ("config/models.yaml", "config/datasets.yaml", "config/config.yaml", "config/experiments/*.yaml")
+REGISTRIES = ("config/models.yaml", "config/datasets.yaml", "config/config.yaml")
+EXPERIMENTS = "config/experiments/*.yaml"  # each is laid over the registries
 KINDS = ("models", "datasets")
 HEADER = """\
 # Written by `make pin`: what each source on the hub was when it was asked for. A source of the configuration that names
@@ -71,19 +73,23 @@ def hub_items(root: Path) -> Items:
     YAML, and where two give one name to two sources.
     """
     items: Items = {kind: {} for kind in KINDS}
-    for path in [path for pattern in CONFIGS for path in sorted(root.glob(pattern))]:
-        config = _read_config(path, root)
-        for kind in KINDS:
-            for name, item in (config.get(kind) or {}).items():
-                known = items[kind].get(name, item)
-                if "hub" not in known.get("source", {}):
-                    continue
-                if known["source"] != {**known["source"], **item.get("source", {})}:
-                    raise UserError(
-                        f"{path.relative_to(root)}: {kind}.{name} stands in another file with another source;"
-                        " give one of the two another name"
-                    )
-                items[kind][name] = known
+    registries: dict[str, Any] = {}
+    for path in [path for name in REGISTRIES for path in root.glob(name)] + sorted(root.glob(EXPERIMENTS)):
+        own = _read_config(path, root)
+        full = laid_over(registries, own)
+        if path.parent == root / "config":
+            registries = full
+        for kind, name in ((one, name) for one in KINDS for name in own.get(one) or {}):
+            item = full[kind][name] or {}
+            source = item.get("source") or {}
+            if "hub" not in source:
+                continue
+            known = items[kind].setdefault(name, item)["source"]
+            if {"revision": BRANCH, **known} != {"revision": BRANCH, **source}:
+                raise UserError(
+                    f"{path.relative_to(root)}: {kind}.{name} stands in another file with another source;"
+                    " give one of the two another name"
+                )
     return items
 
 
@@ -117,7 +123,7 @@ def entry(kind: str, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
     try:
         info = (hub.model_info if kind == "models" else hub.dataset_info)(repository, revision=asked)
         assert info.sha is not None  # the hub leaves it out only where it is asked to
-        listed = listing(repository, kind, info.sha)
+        listed = asked_listing(repository, kind, info.sha)
     except HUB_ERRORS as error:
         raise UserError(f"{kind}.{name}: {explained(error, kind, repository, asked)}") from error
     if info.id != repository:

@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", type=Path)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--experiment", default="llama2-sql-mix", help="that it is of")
+    parser.add_argument("--experiment", default="llama2-sql-mix", help="the experiment that the job belongs to")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--chats", nargs="*", choices=CHATS, default=CHATS, help="that are asked, both where not given")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", HERE)) / EXPERIMENTS_RESULTS.name)

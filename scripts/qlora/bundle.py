@@ -171,7 +171,7 @@ def _loading(subject: Subject, address: str, merged: bool) -> str:
     if subject.form is not None:
         user = json.dumps(subject.form["user"])
         rendered = (
-            f"Prompts are rendered as {user}, the answer follows. A chat template of the tokenizer's was not used."
+            f"Prompts are rendered as {user}, the answer follows. If the tokenizer has a chat template, do not use it."
         )
     code = ", trust_remote_code=True" if subject.run["pins"]["model"]["source"].get("remote_code") else ""
     pin = f', revision="{subject.revision}"{code}' if subject.revision else ""
@@ -207,11 +207,10 @@ def _loading(subject: Subject, address: str, merged: bool) -> str:
 def _making_base(subject: Subject) -> str:
     """How a stranger comes to a base that is not from the hub, in a paragraph and a block of code."""
     folder = subject.run["pins"]["model"]["source"].get("path")
-    lay = f": it lay in the folder `{folder}`; ask for it whoever trained this" if folder else ""
-    there = " that has it there" if folder else ""
+    ask = f" Ask whoever trained this for the folder `{folder}`, and put it there in the clone." if folder else ""
     return (
-        f"The base is not on the hub{lay}. In a clone of the workflow at the commit below{there}, this makes it, where"
-        f" the code then finds it:\n\n```sh\n{subject.commands['base']}\n```\n"
+        f"The base is not on the hub. Make it in a clone of the workflow at the commit below, where the code then finds"
+        f" it.{ask}\n\n```sh\n{subject.commands['base']}\n```\n"
     )
 
 

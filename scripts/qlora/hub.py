@@ -43,8 +43,8 @@ def checked_token() -> str | None:
     if token is None or re.fullmatch("[!-~]+", token):
         return token
     raise UserError(
-        f"the token, which HF_TOKEN or the file {constants.HF_TOKEN_PATH} gave, is none: it is not plain letters and"
-        f" digits; copy it anew from {constants.ENDPOINT}/settings/tokens"
+        f"what HF_TOKEN or the file {constants.HF_TOKEN_PATH} gave cannot be a token: it holds a space or another sign"
+        f" that no token has; copy it anew from {constants.ENDPOINT}/settings/tokens"
     )
 
 
@@ -58,18 +58,19 @@ class ListedFile:
     sha256: str | None
 
 
-def listing(repository: str, kind: str, commit: str) -> list[ListedFile]:
-    """All files of a repository, `kind` models or datasets, at a commit.
-
-    From the hub's cache where it was listed before, else from the hub. Raises the client's errors.
-    """
-    repo_type = kind.removesuffix("s")
-    folder_name = file_download.repo_folder_name(repo_id=repository, repo_type=repo_type)
+def cached_listing(repository: str, kind: str, commit: str) -> list[ListedFile] | None:
+    """All files of a repository, `kind` models or datasets, at a commit, where the hub's cache has the listing."""
+    folder_name = file_download.repo_folder_name(repo_id=repository, repo_type=kind.removesuffix("s"))
     # the client's public function for this, get_cached_repo_tree, leaves out the SHA-256
     cached = read_tree_cache(str(Path(constants.HF_HUB_CACHE) / folder_name), commit)
-    if cached is not None:
-        return [ListedFile(path, file.size, file.blob_id, file.lfs_sha256) for path, file in cached.items()]
-    tree = HfApi().list_repo_tree(repository, recursive=True, revision=commit, repo_type=repo_type)
+    if cached is None:
+        return None
+    return [ListedFile(path, file.size, file.blob_id, file.lfs_sha256) for path, file in cached.items()]
+
+
+def asked_listing(repository: str, kind: str, commit: str) -> list[ListedFile]:
+    """All files of a repository, `kind` models or datasets, at a commit, by the hub. Raises the client's errors."""
+    tree = HfApi().list_repo_tree(repository, recursive=True, revision=commit, repo_type=kind.removesuffix("s"))
     files = [file for file in tree if isinstance(file, RepoFile)]
     return [ListedFile(file.path, file.size, file.blob_id, file.lfs.sha256 if file.lfs else None) for file in files]
 

@@ -25,11 +25,11 @@ SECONDS_FOR_A_LOCK = 0.1  # whoever holds it longer is at work
 log = logging.getLogger("qlora")
 
 
-def fetch_large(files: Iterable[ListedFile], repository: str, kind: str, revision: str, bar: tqdm) -> None:
+def fetch_large(files: Iterable[ListedFile], repository: str, kind: str, revision: str, bar: tqdm, what: str) -> None:
     """Put the large ones of these files of a repository, `kind` models or datasets, at a commit into the hub's cache.
 
-    `bar` is told of the bytes that come. Raises the client's errors, and UserError at a file that the client leaves to
-    Xet. The threads are daemons: an interrupt waits for none of them, whatever it waits for.
+    `bar` is told of the bytes that come. Raises the client's errors, and UserError, which begins with `what`, at a file
+    that the client leaves to Xet. The threads are daemons: an interrupt waits for none of them, whatever it waits for.
     """
     about = {"revision": revision, "repo_type": kind.removesuffix("s")}
     large = {file.path: file.size for file in files if file.size > LARGE}
@@ -37,7 +37,7 @@ def fetch_large(files: Iterable[ListedFile], repository: str, kind: str, revisio
     for path in missing:
         if large[path] > constants.MAX_HTTP_DOWNLOAD_SIZE:
             raise UserError(
-                f"{repository}: {path} has {large[path]:,} bytes, and one of over"
+                f"{what}: {path} has {large[path]:,} bytes, and one of over"
                 f" {constants.MAX_HTTP_DOWNLOAD_SIZE:,} comes by Xet alone: start again with HF_HUB_DISABLE_XET=0"
             )
     bar.total = sum(large[path] for path in missing)

@@ -58,7 +58,12 @@ def _without_queries(text: str) -> str:
 
 
 class _Record(logging.LogRecord):
-    """What any library logs, without the queries of addresses."""
+    """What any library logs, and the trace with it, without the queries of addresses."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.exc_info:
+            self.exc_text = _without_queries("".join(traceback.format_exception(*self.exc_info)).rstrip())
 
     def getMessage(self) -> str:  # noqa: N802 the name that the handlers call
         return _without_queries(super().getMessage())
@@ -104,6 +109,7 @@ sys.excepthook = _fail
 for _request in STOP_REQUESTS:
     signal.signal(_request, _interrupt)
 logging.setLogRecordFactory(_Record)
+logging.captureWarnings(True)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs a line for each request
 logging.basicConfig(
     level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr

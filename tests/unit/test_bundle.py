@@ -73,7 +73,7 @@ base = AutoModelForCausalLM.from_pretrained(
 model = PeftModel.from_pretrained(base, "owner/llama")
 ```
 
-Prompts are rendered as "{content}\\nAnswer:", the answer follows. A chat template of the tokenizer's was not used.
+Prompts are rendered as "{content}\\nAnswer:", the answer follows. If the tokenizer has a chat template, do not use it.
 
 ## Reproduce
 
@@ -198,8 +198,8 @@ def test_a_base_that_is_not_from_the_hub_is_no_metadata_of_its(run):
 def test_the_card_of_an_adapter_says_how_a_stranger_makes_a_base_that_is_not_from_the_hub(run):
     loading = card(local(run, {"build": {}}), "there", drift=None).partition("## Load")[2]
     assert loading.startswith(
-        "\n\nThe base is not on the hub. In a clone of the workflow at the commit below, this makes it, where the code"
-        " then finds it:\n\n```sh\nsnakemake sources/models/base\n```\n\n```python\n"
+        "\n\nThe base is not on the hub. Make it in a clone of the workflow at the commit below, where the code then"
+        " finds it.\n\n```sh\nsnakemake sources/models/base\n```\n\n```python\n"
     )
     assert "The base is not on the hub" not in card(local(run, {"build": {}}), "there", drift=DRIFT) + CARD
 
@@ -207,8 +207,8 @@ def test_the_card_of_an_adapter_says_how_a_stranger_makes_a_base_that_is_not_fro
 def test_the_card_of_an_adapter_says_of_a_base_in_a_folder_that_it_must_be_asked_for(run):
     loading = card(local(run, {"path": "data/base"}), "there", drift=None).partition("## Load")[2]
     assert loading.startswith(
-        "\n\nThe base is not on the hub: it lay in the folder `data/base`; ask for it whoever trained this."
-        " In a clone of the workflow at the commit below that has it there, this"
+        "\n\nThe base is not on the hub. Make it in a clone of the workflow at the commit below, where the code then"
+        " finds it. Ask whoever trained this for the folder `data/base`, and put it there in the clone.\n\n```sh"
     )
 
 

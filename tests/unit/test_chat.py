@@ -17,7 +17,7 @@ from chat import conversations, main
 from merge_adapter import merge_adapter
 from predict_rows import predict_rows
 from qlora.errors import UserError
-from qlora.files import read_jsonl, write_json
+from qlora.files import read_json, read_jsonl, write_json
 from qlora.generation import greedy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,7 +174,7 @@ def test_a_full_context_is_told_and_what_was_said_is_forgotten(
 
 def test_the_merged_model_answers_too(folder: Path, chat: Callable[..., str]) -> None:
     arguments = ("results/runs/facts", "--file", "facts/test.jsonl", *LIMIT, "--merged")
-    making = "snakemake --cores all results/runs/facts/merged"
+    making = ".venv/bin/snakemake --cores all results/runs/facts/merged"
     with pytest.raises(UserError, match=f"results/runs/facts/merged is not there; make it: {making}"):
         chat(*arguments)
     run, base = folder / "results/runs/facts", folder / "results/sources/models/tiny"
@@ -190,7 +190,7 @@ def test_the_merged_model_answers_too(folder: Path, chat: Callable[..., str]) ->
         chat("results/runs/again", "--merged", "--configfile", "mine.yaml", "more.yaml")
     assert str(caught.value) == (
         f"{again}: of another adapter than the run has now; delete it and make it anew:"
-        f" snakemake --cores all {again} --configfile mine.yaml more.yaml"
+        f" .venv/bin/snakemake --cores all {again} --configfile mine.yaml more.yaml"
     )
 
 
@@ -199,12 +199,12 @@ def test_the_merged_model_answers_too(folder: Path, chat: Callable[..., str]) ->
     [
         (
             ["results/runs/facts", "--base", "gone"],
-            "gone: the base 'tiny' is not there; make it: snakemake --cores all results/sources/models/tiny"
+            "gone: the base 'tiny' is not there; make it: .venv/bin/snakemake --cores all results/sources/models/tiny"
             " (with --configfile where the run is of an overlay)",
         ),
         (
             ["results/runs/facts", "--base", "gone", "--configfile", "mine.yaml"],
-            "make it: snakemake --cores all results/sources/models/tiny --configfile mine.yaml",
+            "make it: .venv/bin/snakemake --cores all results/sources/models/tiny --configfile mine.yaml",
         ),
         (["results/runs/facts", "--file", "gone.txt"], "gone.txt: no such file of prompts"),
         (["results/runs/facts", "--base", "other"], "other: not the base that the run was trained on"),
@@ -234,6 +234,22 @@ def test_messages_are_asked_up_to_their_last_question(turns: list[Any], tmp_path
     row = {"messages": turns}
     assert asked_in(tmp_path / "rows.jsonl", json.dumps(row)) == [ASKED]
     assert asked_in(tmp_path / "rows.json", json.dumps([row, {"prompt": "{x}"}])) == [ASKED, [("user", "{x}")]]
+    of_all = json.dumps([{**row, "prompt": None}, {"messages": None, "prompt": "{x}"}])  # as Parquet has columns
+    assert asked_in(tmp_path / "rows.json", of_all) == [ASKED, [("user", "{x}")]]
+
+
+@pytest.mark.parametrize("name", ["rows.csv.txt", "rows"])
+def test_another_kind_of_file_is_a_prompt_a_line(name: str, tmp_path: Path) -> None:
+    assert asked_in(tmp_path / name, "prompt\none\n") == [[("user", "prompt")], [("user", "one")]]
+
+
+def test_a_run_of_an_earlier_version_is_told(folder: Path, chat: Callable[..., str]) -> None:
+    earlier = {
+        name: value for name, value in read_json(folder / "results/runs/facts/run.json").items() if name != "prompt"
+    }
+    write_json(folder / "results/runs/earlier/run.json", earlier)
+    with pytest.raises(UserError, match=r"earlier/run.json does not say how the run's prompts are rendered; train"):
+        chat("results/runs/earlier")
 
 
 def test_a_system_message_that_is_given_stands_before_all_prompts_of_a_file(tmp_path: Path) -> None:

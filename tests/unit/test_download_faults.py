@@ -133,8 +133,9 @@ def test_a_file_that_is_not_as_locked_is_refused_and_stays_in_the_cache(tmp_path
     lock.write_text(yaml.safe_dump({"models": {"mine": entry}}))
     hub.requests.clear()
     assert refusal(tmp_path, "models", source, lock=lock) == (
-        f"models.mine: {NAME}: model.safetensors has the SHA-256 {'0' * 64} in the lock, and the hub states {found}"
-        " at the same commit; find out why, then take the hub's with `make pin NAME=mine`"
+        f"models.mine: {NAME}: model.safetensors has the SHA-256 {'0' * 64} in the lock, and {found}"
+        " in the hub's listing of the same commit; find out why, then take what the hub says now with"
+        " `make pin NAME=mine`"
     )
     files["model.safetensors"]["sha256"] = found
     lock.write_text(yaml.safe_dump({"models": {"mine": entry}}))

@@ -89,7 +89,7 @@ def test_an_export_that_somebody_changed_is_left_alone(run, tmp_path, name):
     theirs.parent.mkdir(exist_ok=True)
     theirs.write_text("mine")
     before = sha256_of(theirs.parent)
-    with pytest.raises(UserError, match=rf"{name} was changed since it was exported; move it away"):
+    with pytest.raises(UserError, match=rf"{name} was changed or added since the export; move it away"):
         export_run(**run)
     assert sha256_of(theirs.parent) == before
 
@@ -112,7 +112,7 @@ def test_what_somebody_adds_to_the_earlier_one_meanwhile_is_left_alone(run, tmp_
     export_run(**run)
     theirs, copied = tmp_path / "to/llama/notes.txt", stage.copy
     monkeypatch.setattr(stage, "copy", lambda *given: theirs.write_text("mine") and copied(*given))
-    with pytest.raises(UserError, match=r"notes.txt was changed since it was exported; move it away"):
+    with pytest.raises(UserError, match=r"notes.txt was changed or added since the export; move it away"):
         export_run(**run)
     assert theirs.read_text() == "mine"
 

@@ -115,7 +115,7 @@ def test_files_of_a_split_are_found_by_glob_and_read_in_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["*train*", "*/train*", "**/*train*", "*[n]-1.jsonl", "data/*", "data/train-1.jsonl"]
+    "pattern", ["*train*", "*/train*", "**/*train*", "*[n]-1.jsonl", "data/*", "data/", "data/train-1.jsonl"]
 )
 def test_a_glob_finds_the_files_that_the_download_fetches_by_it(tmp_path, pattern):
     files = ["train-0.jsonl", "test.jsonl", "data/train-1.jsonl", "data/more/train-2.jsonl"]

@@ -109,7 +109,7 @@ def test_after_trouble_of_the_hub_the_next_start_goes_on(tmp_path, hub, weights)
 def test_a_file_that_only_xet_transfers_is_told(tmp_path, hub, weights, monkeypatch):
     monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", len(WEIGHTS) - 1)
     assert refusal(tmp_path, "models", weights) == (
-        f"{NAME}: model.safetensors has 1,024,000 bytes, and one of over 1,023,999 comes by Xet alone:"
+        f"models.mine: {NAME}: model.safetensors has 1,024,000 bytes, and one of over 1,023,999 comes by Xet alone:"
         " start again with HF_HUB_DISABLE_XET=0"
     )
     assert ranges(hub) == []

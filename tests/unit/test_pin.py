@@ -224,6 +224,24 @@ def test_an_overlay_that_changes_but_the_revision_gives_one_name_two_sources(roo
     assert not hub.requests
 
 
+def test_one_name_at_two_revisions_in_two_overlays_is_refused(root):
+    for name, revision in (("one", {"revision": "v1"}), ("two", {})):
+        write(root / f"config/experiments/{name}.yaml", models={"new": {"source": {"hub": "owner/small", **revision}}})
+    with pytest.raises(UserError, match=r"config/experiments/two.yaml: models.new stands in another file"):
+        hub_items(root)
+
+
+def test_a_listing_that_lies_in_the_cache_is_not_what_is_pinned(root, hub):
+    first = pin(root, ["tagged"]) and (root / "config/sources.lock.yaml").read_text()
+    commit = yaml.safe_load(first)["models"]["tagged"]["commit"]
+    for listing in Path(constants.HF_HUB_CACHE).glob(f"**/trees/{commit}*"):
+        listing.write_text(listing.read_text().replace("sha256", "sha255"))
+    hub.requests.clear()
+    pin(root, ["tagged"])
+    assert (root / "config/sources.lock.yaml").read_text() == first
+    assert hub.asked("/tree/")
+
+
 def test_an_overlay_that_says_of_a_source_what_is_known_changes_nothing(root):
     write(root / "config/experiments/other.yaml", models={"tagged": {"source": {"hub": "owner/small"}}, "newest": {}})
     assert hub_items(root)["models"]["tagged"] == {"source": {"hub": "owner/small", "revision": "v1"}}

@@ -60,7 +60,11 @@ def test_a_row_a_test_row_and_subject(base: Path, dataset: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("split", "shots", "message"),
     [
-        ("test", 0, "dataset 'none': no test rows; give it a test file or a larger holdout.test"),
+        (
+            "test",
+            0,
+            "dataset 'none': no test rows are left; see its card.json, and give it a test file or a larger holdout.test",
+        ),
         ("train", 2, "none: no training row for the few-shot baseline; take few_shot out of its baselines"),
     ],
 )

@@ -1,6 +1,7 @@
 """A stage script run as users run it: by hand from a command line, and by Snakemake with a log."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -247,15 +248,18 @@ def test_what_opens_an_address_is_printed_nowhere(folder):
         textwrap.dedent("""
         from qlora.stage import log, run_stage
         import logging
+        import warnings
 
         ADDRESS = "https://storage.example/object?signature=secret&more=secret"
 
         def fetch(target: str) -> None:
             logging.getLogger("httpx2").info("HTTP Request: GET %s", ADDRESS)
             log.info("tried %s in vain", ADDRESS)
+            warnings.warn(f"{ADDRESS} is slow", stacklevel=1)
             try:
                 raise ValueError(f"for url '{ADDRESS}'")
             except ValueError as error:
+                logging.getLogger("library").exception("no more")
                 raise RuntimeError(f"refused by {ADDRESS} today") from error
 
         run_stage(fetch)
@@ -265,6 +269,8 @@ def test_what_opens_an_address_is_printed_nowhere(folder):
     assert "secret" not in done.stderr
     assert "HTTP Request" not in done.stderr
     assert "tried https://storage.example/object?... in vain" in done.stderr
+    assert "UserWarning: https://storage.example/object?... is slow" in done.stderr
+    assert re.search(r"library: no more\nTraceback .*\n(?:  .*\n)*ValueError: for url", done.stderr)
     assert "ValueError: for url 'https://storage.example/object?...\n" in done.stderr
     assert done.stderr.endswith("copy: error: RuntimeError: refused by https://storage.example/object?... today\n")
 

@@ -32,7 +32,7 @@ def stored(request, tmp_path, hub, monkeypatch):
 def test_a_download_tells_a_token_that_can_be_none(tmp_path, hub, stored):
     message = refusal(tmp_path, "models", pinned(hub, private=True))
     assert message == (
-        f"the token, which HF_TOKEN or the file {stored} gave, is none: it is not plain letters and digits;"
+        f"what HF_TOKEN or the file {stored} gave cannot be a token: it holds a space or another sign that no token has;"
         f" copy it anew from {hub.url}/settings/tokens"
     )
     assert not hub.requests
@@ -44,7 +44,7 @@ def test_pin_tells_a_token_that_can_be_none(tmp_path, hub, stored, monkeypatch, 
     (tmp_path / "config/models.yaml").write_text("models: {mine: {source: {hub: owner/name}}}")
     assert tool.main([]) == 1
     told = capsys.readouterr().err
-    assert told.startswith("pin: error: the token, which HF_TOKEN or the file ")
+    assert told.startswith("pin: error: what HF_TOKEN or the file ")
     assert told.count("\n") == 1
     assert SECRET not in told
     assert not hub.requests

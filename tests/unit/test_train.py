@@ -122,10 +122,8 @@ def test_a_run_that_finished_before_is_taken_without_a_step(case: Case, monkeypa
     assert adapter_bytes(renamed) == adapter_bytes(back)
     assert {**read_json(back / "run.json"), "name": "renamed"} == read_json(renamed / "run.json")
     placed = read_json(case.train("kept", system="user", learning_rate=1e-3) / "run.json")
-    assert placed["prompt"] == {
-        "format": FORM,
-        "system": "user",
-    }  # of the same rows, in which none has a system message
+    # Of the same rows, in which none has a system message.
+    assert placed["prompt"] == {"format": FORM, "system": "user"}
 
 
 def test_a_model_that_mixes_packed_rows_gets_batches_of_like_length(case: Case) -> None:

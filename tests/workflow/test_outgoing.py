@@ -43,7 +43,7 @@ def test_merge_gguf_export_and_chat(finished_copy: Workspace, tmp_path: Path, mo
         assert "torch.Size" in done.stdout, done.stderr
     (to / "llama/README.md").write_text("mine")
     refused = finished_copy.snakemake("--config", f"to={to}", "--cores", "2", "export", expect=1).stdout
-    assert f"{to}/llama/README.md was changed since it was exported; move it away" in refused
+    assert f"{to}/llama/README.md was changed or added since the export; move it away" in refused
     assert (to / "llama/README.md").read_text() == "mine"
 
     command = [sys.executable, "scripts/chat.py", "results/runs/llama", "--prompt", "Post: a\nTitle?"]
